@@ -1,0 +1,95 @@
+"""The student's embedding head: into the teacher's space, to class prototypes, and back to one linear layer."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdav_fast.errors import InputError
+
+
+class EmbeddingHead(nn.Module):
+    """Projector, centre and class prototypes (DESIGN section 2, "The classifier").
+
+    The projector is Linear + BatchNorm: affine at inference, so that projector and prototypes fold into one
+    `nn.Linear` and the deployed student keeps its stock architecture.
+
+    Args:
+        student_width: penultimate features of the student.
+        teacher_width: d, the teacher's embedding width.
+        classes: K.
+
+    Raises:
+        InputError: a size below 1.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
+        super().__init__()
+        sizes = {"student_width": student_width, "teacher_width": teacher_width, "classes": classes}
+        for name, value in sizes.items():
+            if value < 1:
+                raise InputError(f"EmbeddingHead: {name} is {value}; it must be at least 1")
+        self.classes = classes
+        # BatchNorm's shift makes a bias here redundant.
+        self.projector = nn.Linear(student_width, teacher_width, bias=False)
+        self.norm = nn.BatchNorm1d(teacher_width)
+        # Sums in float64: over an ImageNet epoch a float32 sum loses the digits that centring needs.
+        self.register_buffer("center", torch.zeros(teacher_width))
+        self.register_buffer("class_sum", torch.zeros(classes, teacher_width, dtype=torch.float64))
+        self.register_buffer("class_mass", torch.zeros(classes, dtype=torch.float64))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Student features, B x student_width, to embeddings z, B x d."""
+        return self.norm(self.projector(features))
+
+    def center_teacher(self, teacher_embedding: Tensor) -> Tensor:
+        """Teacher embeddings, B x d, less the measured centre (zero until `set_center`)."""
+        return teacher_embedding - self.center.to(teacher_embedding.dtype)
+
+    @torch.no_grad()
+    def observe(self, teacher_embedding: Tensor, target: Tensor) -> None:
+        """Add uncentred teacher embeddings, B x d, to the class sums.
+
+        Args:
+            teacher_embedding: B x d.
+            target: B class ids (int64), or B x K class probabilities where there are no labels.
+        """
+        weight = F.one_hot(target, self.classes) if target.ndim == 1 else target
+        weight = weight.to(torch.float64)
+        self.class_sum += weight.T @ teacher_embedding.to(torch.float64)
+        self.class_mass += weight.sum(0)
+
+    @torch.no_grad()
+    def set_center(self) -> None:
+        """Take the mean of all embeddings observed so far as the centre."""
+        total = self.class_mass.sum()
+        if total == 0:
+            raise InputError(
+                "EmbeddingHead.set_center: no teacher embedding was observed yet; call observe first"
+            )
+        self.center.copy_(self.class_sum.sum(0) / total)
+
+    def prototypes(self) -> Tensor:
+        """mu: directions of the centred class means, K x d, float64; zero for a class never observed."""
+        centred = self.class_sum - self.class_mass[:, None] * self.center.to(torch.float64)
+        return F.normalize(centred, dim=1)
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """<mu_y, z>: B x K scores whose argmax is the Bayes classifier's (|z| does not change it)."""
+        return embedding @ self.prototypes().to(embedding.dtype).T
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """The same classifier as one linear layer on student features: exact in evaluation mode.
+
+        Computed in float64, returned in the projector's dtype.
+        """
+        norm, prototypes = self.norm, self.prototypes()
+        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        weight = (prototypes * scale) @ self.projector.weight.double()
+        bias = prototypes @ (norm.bias.double() - norm.running_mean.double() * scale)
+        folded = nn.Linear(
+            weight.shape[1], weight.shape[0], device=weight.device, dtype=self.projector.weight.dtype
+        )
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        return folded

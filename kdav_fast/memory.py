@@ -1,0 +1,142 @@
+"""The queue of teacher features that the auxiliary variable ranges over."""
+
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdav_fast.errors import InputError
+
+
+class TeacherMemory(nn.Module):
+    """A ring of the most recent teacher embeddings and their class posteriors (DESIGN section 2: U and R).
+
+    All state is in buffers, so `state_dict` and `load_state_dict` save and restore it exactly, and nothing
+    in `push` waits for the device.
+
+    Args:
+        length: L, rows of the ring.
+        width: d, the teacher's embedding width.
+        classes: K.
+        posterior: "dense" keeps softmax(logits / temperature), L x K; "ids" keeps one class id a row.
+        temperature: T of the dense posterior.
+        dtype: of the stored embeddings and dense posteriors.
+
+    Raises:
+        InputError: a size below 1 or an unknown `posterior`.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        width: int,
+        classes: int,
+        posterior: Literal["dense", "ids"] = "dense",
+        *,
+        temperature: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in {"length": length, "width": width, "classes": classes}.items():
+            if value < 1:
+                raise InputError(f"TeacherMemory: {name} is {value}; it must be at least 1")
+        if posterior not in ("dense", "ids"):
+            raise InputError(f"TeacherMemory: posterior is {posterior!r}; allowed: 'dense', 'ids'")
+        self.length, self.width, self.classes, self.temperature = length, width, classes, temperature
+        # One row more than the ring: rows that must not be remembered are written there, so that a push
+        # has fixed shapes and needs no answer from the device.
+        rows = length + 1
+        ids = torch.zeros(rows, dtype=torch.int64, device=device)
+        dense = torch.zeros(rows, classes, dtype=dtype, device=device)
+        self.register_buffer("_embedding", torch.zeros(rows, width, dtype=dtype, device=device))
+        self.register_buffer("_posterior", dense if posterior == "dense" else ids)
+        self.register_buffer("cursor", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("filled", torch.zeros((), dtype=torch.int64, device=device))
+
+    @property
+    def embedding(self) -> Tensor:
+        """U: unit rows, L x d; the first `filled` are in use."""
+        return self._embedding[: self.length]
+
+    @property
+    def posterior(self) -> Tensor:
+        """R: L x K class probabilities, or L class ids (int64)."""
+        return self._posterior[: self.length]
+
+    @torch.no_grad()
+    def push(
+        self, teacher_embedding: Tensor, teacher_logits_or_labels: Tensor, valid: Tensor | None = None
+    ) -> None:
+        """Remember a batch, gathered from all ranks in rank order when torch.distributed is up.
+
+        Every rank must push the same number of rows. Rows that are not valid, or whose embedding or logits
+        are not finite, are left out. Of more valid rows than the ring holds, the last L are kept.
+
+        Args:
+            teacher_embedding: B x d, any length: rows are scaled to the unit sphere here.
+            teacher_logits_or_labels: B x K logits, or B class ids ("ids" only). "ids" takes logits' argmax.
+            valid: B booleans; `None` means all.
+
+        Raises:
+            InputError: shapes or kinds that do not fit this memory.
+        """
+        self._check(teacher_embedding, teacher_logits_or_labels, valid)
+        knowledge = teacher_logits_or_labels
+        keep = teacher_embedding.isfinite().all(1)
+        if knowledge.ndim == 2:
+            keep &= knowledge.isfinite().all(1)
+        if valid is not None:
+            keep &= valid
+        embedding = F.normalize(teacher_embedding.float(), dim=1).to(self._embedding.dtype)
+        posterior = self._as_posterior(knowledge)
+        embedding, posterior, keep = (_gather(t) for t in (embedding, posterior, keep))
+
+        rank = keep.cumsum(0) - 1  # a row's place among those kept
+        pushed = keep.sum()
+        keep &= rank >= pushed - self.length
+        slot = torch.where(keep, (self.cursor + rank) % self.length, self.length)
+        self._embedding[slot] = embedding
+        self._posterior[slot] = posterior
+        self._embedding[self.length] = 0
+        self._posterior[self.length] = 0
+        self.cursor.copy_((self.cursor + pushed) % self.length)
+        self.filled.copy_((self.filled + pushed).clamp(max=self.length))
+
+    def _as_posterior(self, knowledge: Tensor) -> Tensor:
+        if self._posterior.ndim == 2:
+            return torch.softmax(knowledge.float() / self.temperature, dim=1).to(self._posterior.dtype)
+        return knowledge.argmax(1) if knowledge.ndim == 2 else knowledge
+
+    def _check(self, embedding: Tensor, knowledge: Tensor, valid: Tensor | None) -> None:
+        batch = embedding.shape[0]
+        if embedding.shape != (batch, self.width):
+            raise InputError(
+                f"TeacherMemory.push: teacher_embedding has shape {tuple(embedding.shape)}; needed: B x {self.width}"
+            )
+        labels = knowledge.ndim == 1 and knowledge.dtype == torch.int64 and self._posterior.ndim == 1
+        if knowledge.shape[0] != batch or not (labels or knowledge.shape[1:] == (self.classes,)):
+            wanted = f"{batch} x {self.classes} logits"
+            if self._posterior.ndim == 1:
+                wanted += f" or {batch} int64 class ids"
+            raise InputError(
+                f"TeacherMemory.push: teacher_logits_or_labels is {knowledge.dtype} of shape "
+                f"{tuple(knowledge.shape)}; needed: {wanted}"
+            )
+        if valid is not None and (valid.dtype != torch.bool or valid.shape != (batch,)):
+            raise InputError(
+                f"TeacherMemory.push: valid is {valid.dtype} of shape {tuple(valid.shape)}; needed: {batch} booleans"
+            )
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return rows
+    # Booleans travel as bytes: not every backend gathers them.
+    wire = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
+    gathered = wire.new_empty(dist.get_world_size() * wire.shape[0], *wire.shape[1:])
+    dist.all_gather_into_tensor(gathered, wire.contiguous())
+    return gathered.to(rows.dtype)

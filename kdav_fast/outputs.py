@@ -1,0 +1,19 @@
+"""What a network returns to the training loop and to a distiller."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """A network's answer for a batch of B images.
+
+    A named tuple, not a dataclass: DeepSpeed walks tuples to find the tensors it hooks.
+    """
+
+    features: Tensor
+    """Penultimate features, B x width: what the last linear layer sees."""
+    logits: Tensor
+    """Class scores, B x K."""
+    embedding: Tensor | None = None
+    """Features in the teacher's space, B x d, where the student has an embedding head."""

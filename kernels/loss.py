@@ -1,0 +1,207 @@
+"""The public face of the objective: validation, the choice of an implementation, the reduction."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdav_fast.kernels.reference import reference_terms
+
+Reduction = Literal["mean", "none", "sum"]
+Implementation = Literal["auto", "reference"]
+
+IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_terms}
+
+
+class KDAVResult(NamedTuple):
+    """What `kdav_loss` returns."""
+
+    loss: Tensor
+    """weight_membership * membership_kl + weight_prediction * prediction_kl, reduced; differentiable."""
+    membership_kl: Tensor
+    """KL(q(v|x) || p(v|x)) of each row, B, in nats; detached, for logging."""
+    prediction_kl: Tensor
+    """T^2 KL(q(y|x) || p(y|x)) of each row, B, in nats; detached, for logging."""
+
+
+def kdav_loss(
+    student_embedding: Tensor,
+    teacher_embedding: Tensor,
+    teacher_logits: Tensor,
+    memory_embedding: Tensor,
+    memory_posterior: Tensor,
+    filled: int | Tensor | None = None,
+    *,
+    kappa_student: float = 10.0,
+    kappa_teacher: float = 10.0,
+    temperature: float = 1.0,
+    weight_membership: float = 1.0,
+    weight_prediction: float = 1.0,
+    eps: float = 1e-8,
+    reduction: Reduction = "mean",
+    impl: Implementation = "auto",
+) -> KDAVResult:
+    """Knowledge distillation with an auxiliary variable (DESIGN section 2).
+
+    The auxiliary variable v says which remembered instance an image is. Student and teacher each hold a
+    von Mises-Fisher posterior over it; the first term pulls these together, the second the class
+    distributions that follow from it by the law of total probability.
+
+    Args:
+        student_embedding: z, B x d. The only argument that may require a gradient.
+        teacher_embedding: t, B x d, centred if the memory's rows are.
+        teacher_logits: g, B x K.
+        memory_embedding: U, L x d, unit rows.
+        memory_posterior: R, L x K class probabilities (floating point), or L class ids (int64).
+        filled: how many leading rows of the memory are in use, 1..L; `None` means all. A tensor on an
+            accelerator is not read back to the host, so its value is not checked.
+        kappa_student, kappa_teacher: von Mises-Fisher concentrations, above 0.
+        temperature: T, above 0, softens the teacher's logits.
+        weight_membership, weight_prediction: weights of the two terms.
+        eps: floor of p(y|x) inside the logarithm.
+        reduction: over rows: "mean", "sum" or "none".
+        impl: implementation by name; "auto" picks the fastest for the inputs at hand.
+
+    Raises:
+        TypeError: an argument is of the wrong kind or dtype.
+        ValueError: shapes, devices or values that do not fit; the message names the argument.
+    """
+    _check_tensors(student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
+    filled = _check_filled(filled, memory_embedding)
+    positive = {
+        "kappa_student": kappa_student,
+        "kappa_teacher": kappa_teacher,
+        "temperature": temperature,
+        "eps": eps,
+    }
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0")
+    if reduction not in ("mean", "none", "sum"):
+        raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'none', 'sum'")
+    name = "reference" if impl == "auto" else impl
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"impl is {impl!r}; allowed: {', '.join(map(repr, ('auto', *IMPLEMENTATIONS)))}")
+
+    membership_kl, prediction_kl = IMPLEMENTATIONS[name](
+        student_embedding,
+        teacher_embedding,
+        teacher_logits,
+        memory_embedding,
+        memory_posterior,
+        filled,
+        kappa_student=float(kappa_student),
+        kappa_teacher=float(kappa_teacher),
+        temperature=float(temperature),
+        eps=float(eps),
+    )
+    loss = weight_membership * membership_kl + weight_prediction * prediction_kl
+    if reduction != "none":
+        loss = loss.mean() if reduction == "mean" else loss.sum()
+    return KDAVResult(loss, membership_kl.detach(), prediction_kl.detach())
+
+
+def _check_tensors(
+    student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor
+) -> None:
+    tensors = {
+        "student_embedding": student,
+        "teacher_embedding": teacher,
+        "teacher_logits": logits,
+        "memory_embedding": memory,
+        "memory_posterior": posterior,
+    }
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; it must be a tensor")
+        if tensor.device != student.device:
+            raise ValueError(f"{name} is on {tensor.device} but student_embedding on {student.device}")
+        if name != "student_embedding" and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient; only student_embedding may: pass {name}.detach()")
+        if name != "memory_posterior" and not tensor.is_floating_point():
+            raise TypeError(f"{name} has dtype {tensor.dtype}; it must be floating point")
+        if name != "memory_posterior" and tensor.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must have 2 dimensions")
+
+    batch, width = student.shape
+    length, classes = memory.shape[0], logits.shape[1]
+    if batch == 0 or width == 0 or classes == 0:
+        raise ValueError(
+            f"student_embedding is {batch} x {width} and teacher_logits has {classes} classes; none of them may be 0"
+        )
+    if teacher.shape != student.shape:
+        raise ValueError(
+            f"teacher_embedding has shape {tuple(teacher.shape)}; it must match student_embedding's "
+            f"{tuple(student.shape)}"
+        )
+    if logits.shape[0] != batch:
+        raise ValueError(f"teacher_logits has {logits.shape[0]} rows; student_embedding has {batch}")
+    if memory.shape[1] != width:
+        raise ValueError(
+            f"memory_embedding has rows of width {memory.shape[1]}; student_embedding's are {width}"
+        )
+    if length == 0:
+        raise ValueError("memory_embedding has no rows; push the teacher's batch into the memory first")
+    if posterior.is_floating_point():
+        if posterior.shape != (length, classes):
+            raise ValueError(
+                f"memory_posterior has shape {tuple(posterior.shape)}; as probabilities it must be "
+                f"{length} x {classes} (memory rows x classes)"
+            )
+    elif posterior.dtype != torch.int64:
+        raise TypeError(f"memory_posterior has dtype {posterior.dtype}; class ids must be int64")
+    elif posterior.shape != (length,):
+        raise ValueError(
+            f"memory_posterior has shape {tuple(posterior.shape)}; class ids must be {length} values"
+        )
+
+
+def _check_filled(filled: int | Tensor | None, memory: Tensor) -> int | Tensor:
+    length = memory.shape[0]
+    if filled is None:
+        return length
+    if isinstance(filled, Tensor):
+        if filled.numel() != 1 or filled.is_floating_point():
+            raise TypeError(
+                f"filled is a {filled.dtype} tensor of shape {tuple(filled.shape)}; it must be one integer"
+            )
+        if filled.device.type != "cpu":
+            return filled
+    filled = int(filled)
+    if filled == 0:
+        raise ValueError("filled is 0: the memory is empty; push the teacher's batch into it first")
+    if not 0 < filled <= length:
+        raise ValueError(f"filled is {filled}; it must be 1..{length}, the memory's rows")
+    return filled
+
+
+class KDAVLoss(nn.Module):
+    """`kdav_loss` with its settings bound, as `nn.CrossEntropyLoss` is to `F.cross_entropy`."""
+
+    def __init__(self, **settings: Any) -> None:
+        """Takes `kdav_loss`'s keyword arguments; raises TypeError for any other."""
+        super().__init__()
+        known = inspect.signature(kdav_loss).parameters.values()
+        allowed = [p.name for p in known if p.kind is inspect.Parameter.KEYWORD_ONLY]
+        for name in settings:
+            if name not in allowed:
+                raise TypeError(f"KDAVLoss has no setting {name!r}; allowed: {', '.join(allowed)}")
+        self.settings = settings
+
+    def forward(
+        self,
+        student_embedding: Tensor,
+        teacher_embedding: Tensor,
+        teacher_logits: Tensor,
+        memory_embedding: Tensor,
+        memory_posterior: Tensor,
+        filled: int | Tensor | None = None,
+    ) -> KDAVResult:
+        """See `kdav_loss`."""
+        tensors = (student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
+        return kdav_loss(*tensors, filled, **self.settings)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())

@@ -1,0 +1,36 @@
+"""Every implementation against the golden vectors, values and gradients."""
+
+import numpy as np
+import pytest
+import torch
+
+from kdav_fast import kdav_loss
+
+from .golden import CASES, FOLDERS, load_case
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def relative_error(measured: torch.Tensor, truth: np.ndarray) -> float:
+    """Largest difference as a share of the largest true magnitude (absolute where all of truth is 0)."""
+    scale = np.abs(truth).max()
+    return float(np.abs(measured.double().numpy() - truth).max() / (scale if scale > 0 else 1.0))
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("filled_as", [int, torch.tensor])
+def test_values_and_gradient(name, dtype, filled_as):
+    tensors, filled, settings, truth = load_case(name, dtype)
+    student = tensors[0].requires_grad_()
+    out = kdav_loss(*tensors, filled_as(filled), **settings, impl="reference")
+    out.loss.backward()
+    tolerance = TOLERANCE[dtype]
+    assert relative_error(out.loss.detach(), truth["loss"]) <= tolerance
+    assert relative_error(out.membership_kl, truth["membership_kl"]) <= tolerance
+    assert relative_error(out.prediction_kl, truth["prediction_kl"]) <= tolerance
+    assert relative_error(student.grad, truth["grad_student_embedding"]) <= tolerance
+
+
+def test_the_repository_brings_its_own_cases():
+    assert {"case1", "case2", "case5"} <= {path.stem for path in FOLDERS[0].glob("case*.npz")}
