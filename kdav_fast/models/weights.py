@@ -1,0 +1,109 @@
+"""Reading weights from a file that somebody else may have written: tensors only, never code."""
+
+import argparse
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kdav_fast.errors import InputError
+
+# Where the usual training scripts put the weights in what they save; the first one found is taken.
+WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "state_dict_ema")
+# What DistributedDataParallel and torch.compile put in front of every name.
+PREFIXES = ("module.", "_orig_mod.")
+
+
+def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors or torch file onto the CPU; the content decides which, not the name.
+
+    A torch file may hold the state dict itself or one level deeper under a usual key, and its names may carry
+    the prefixes of DistributedDataParallel and torch.compile. Where a file holds plain and averaged (EMA)
+    weights, the plain ones are taken.
+
+    Returns:
+        The tensors by name, and the safetensors metadata (empty for a torch file).
+
+    Raises:
+        InputError: no such file, not a checkpoint, or a pickle that holds more than data.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            head = file.read(9)
+    except OSError as error:
+        raise InputError(
+            f"weights {path}: {error.strerror}; give the path of a safetensors or torch file"
+        ) from None
+    # A safetensors file is eight bytes of length, then JSON.
+    if head[8:] == b"{":
+        return _load_safetensors(path)
+    return _unwrap(_load_torch(path, head), path), {}
+
+
+def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _strip_prefixes(tensors), dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"weights {path} is not a whole safetensors file ({_one_line(error)}); copy it again"
+        ) from None
+
+
+def _load_torch(path: Path, head: bytes) -> Any:
+    try:
+        # timm and other scripts save their command line beside the weights; a namespace is only data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch's reader fails in as many ways as there are broken files
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        if refused or (isinstance(error, pickle.UnpicklingError) and head[:1] == b"\x80"):
+            found = f" ({refused[1]})" if refused else ""
+            raise InputError(
+                f"weights {path} is refused: its pickle contains code or objects that are not tensors{found} "
+                "and reading it could run them; save the state dict alone, best as safetensors"
+            ) from None
+        raise InputError(
+            f"weights {path} is not a checkpoint that can be read; give a safetensors or torch file"
+        ) from None
+
+
+def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(content, dict):
+        for candidate in (content, *(content.get(key) for key in WRAPPERS)):
+            if _is_state_dict(candidate):
+                return _strip_prefixes(candidate)
+    held = f"a dict with {_some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    raise InputError(
+        f"weights {path} holds {held}, not a state dict; a state dict, or one under "
+        f"{', '.join(repr(key) for key in WRAPPERS)}, can be read"
+    )
+
+
+def _is_state_dict(candidate: Any) -> bool:
+    if not isinstance(candidate, dict) or not candidate:
+        return False
+    return all(isinstance(name, str) and isinstance(value, Tensor) for name, value in candidate.items())
+
+
+def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in PREFIXES * 2:  # either can stand before the other
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return dict(tensors)
+
+
+def _some(content: dict) -> str:
+    keys = [repr(key) for key in content]
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more keys" if len(keys) > 3 else "") or "no keys"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

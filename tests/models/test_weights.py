@@ -1,0 +1,156 @@
+"""Weights from files: the usual wrappings, and files that are broken or hostile."""
+
+import argparse
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from kdav_fast.errors import InputError
+from kdav_fast.models import load_weights
+
+
+@pytest.fixture
+def tensors():
+    return {"conv.weight": torch.arange(6.0).view(2, 3), "fc.bias": torch.ones(2, dtype=torch.bfloat16)}
+
+
+class TouchesAFile:
+    """A pickle that does something when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def assert_same(loaded, expected):
+    assert loaded.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+
+
+def refusal(path) -> str:
+    with pytest.raises(InputError) as error:
+        load_weights(path)
+    message = str(error.value)
+    assert "\n" not in message
+    assert str(path) in message
+    return message
+
+
+def test_safetensors_with_metadata(tmp_path, tensors):
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path, metadata={"architecture": "cifar:resnet8"})
+    loaded, metadata = load_weights(path)
+    assert_same(loaded, tensors)
+    assert metadata == {"architecture": "cifar:resnet8"}
+
+
+def test_the_content_decides_not_the_name(tmp_path, tensors):
+    save_file(tensors, tmp_path / "model.pth")
+    assert_same(load_weights(tmp_path / "model.pth")[0], tensors)
+    torch.save(tensors, tmp_path / "model.safetensors")
+    assert_same(load_weights(str(tmp_path / "model.safetensors"))[0], tensors)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_new_and_old(tmp_path, tensors, zipped):
+    torch.save(tensors, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    loaded, metadata = load_weights(tmp_path / "model.pt")
+    assert_same(loaded, tensors)
+    assert metadata == {}
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["state_dict", "model", "model_state", "model_state_dict", "net", "state_dict_ema"]
+)
+def test_wrappers(tmp_path, tensors, wrapper):
+    content = {"epoch": 3, "optimizer": {"state": {}}, wrapper: tensors, "args": argparse.Namespace(lr=0.1)}
+    torch.save(content, tmp_path / "model.pt")
+    assert_same(load_weights(tmp_path / "model.pt")[0], tensors)
+
+
+def test_plain_weights_go_before_averaged_ones(tmp_path, tensors):
+    averaged = {name: tensor + 1 for name, tensor in tensors.items()}
+    torch.save({"state_dict_ema": averaged, "state_dict": tensors}, tmp_path / "model.pt")
+    assert_same(load_weights(tmp_path / "model.pt")[0], tensors)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes(tmp_path, tensors, prefix):
+    torch.save({"model": {prefix + name: tensor for name, tensor in tensors.items()}}, tmp_path / "model.pt")
+    assert_same(load_weights(tmp_path / "model.pt")[0], tensors)
+
+
+def test_a_prefix_of_some_names_is_part_of_them(tmp_path, tensors):
+    mixed = {**tensors, "module.weight": torch.zeros(1)}
+    torch.save(mixed, tmp_path / "model.pt")
+    assert_same(load_weights(tmp_path / "model.pt")[0], mixed)
+
+
+@pytest.mark.parametrize("how", ["torch", "torch, old", "pickle 2", "pickle 5"])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_malicious_pickle_does_not_run(tmp_path, tensors, how):
+    path, touched = tmp_path / "model.pt", tmp_path / "touched"
+    content = {"state_dict": tensors, "extra": TouchesAFile(touched)}
+    if how.startswith("torch"):
+        torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
+    else:
+        path.write_bytes(pickle.dumps(TouchesAFile(touched), protocol=int(how[-1])))
+    message = refusal(path)
+    assert "refused" in message
+    assert "code" in message
+    assert not touched.exists()
+    pickle.loads(pickle.dumps(TouchesAFile(touched)))  # it would have
+    assert touched.exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, these are not weights", b"PK\x03\x04 truncated", b"12345678{bad"]
+)
+def test_files_that_are_no_checkpoints(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    assert "not a" in refusal(path)
+
+
+def test_a_safetensors_file_cut_short(tmp_path, tensors):
+    path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert "not a whole safetensors file" in refusal(path)
+
+
+def test_a_torch_file_cut_short(tmp_path, tensors):
+    path = tmp_path / "model.pt"
+    torch.save(tensors, path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "not a checkpoint" in refusal(path)
+
+
+def test_missing_file_and_folder(tmp_path):
+    assert "No such file" in refusal(tmp_path / "nowhere.pt")
+    assert "directory" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "held"),
+    [
+        (
+            {"epoch": 3, "optimizer": {}, "loss": 0.5, "lr": 0.1},
+            "'epoch', 'optimizer', 'loss' and 1 more keys",
+        ),
+        ({}, "no keys"),
+        ([torch.zeros(1)], "a list"),
+        (torch.zeros(1), "a Tensor"),
+        ({"state_dict": {"model": {"weight": torch.zeros(1)}}}, "'state_dict'"),
+    ],
+)
+def test_torch_files_without_a_state_dict(tmp_path, content, held):
+    torch.save(content, tmp_path / "model.pt")
+    assert held in refusal(tmp_path / "model.pt")
