@@ -271,9 +271,14 @@ def load_config(path: Path | None, overrides: list[str] = ()) -> Config:
         InputError: the file cannot be read, or a key or value is not in the schema.
     """
     raw = _read_yaml(path) if path else {}
+    apply_overrides(raw, overrides)
+    return parse_config(raw)
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
+    """Set `key=value` overrides in a plain dictionary; raises `InputError` for one that is not of that form."""
     for override in overrides:
         _apply_override(raw, override)
-    return parse_config(raw)
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

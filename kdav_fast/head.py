@@ -1,4 +1,4 @@
-"""The student's embedding head: into the teacher's space, to class prototypes, and back to one linear layer."""
+"""The student's embedding head: into the teacher's space, to class prototypes, to one linear layer."""
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,13 @@ class EmbeddingHead(nn.Module):
             teacher_embedding: B x d.
             target: B class ids (int64), or B x K class probabilities where there are no labels.
         """
-        weight = F.one_hot(target, self.classes) if target.ndim == 1 else target
-        weight = weight.to(torch.float64)
+        weight = self.one_hot(target) if target.ndim == 1 else target.to(torch.float64)
         self.class_sum += weight.T @ teacher_embedding.to(torch.float64)
         self.class_mass += weight.sum(0)
+
+    def one_hot(self, labels: Tensor) -> Tensor:
+        """B class ids to B x K weights, float64."""
+        return F.one_hot(labels, self.classes).to(torch.float64)
 
     @torch.no_grad()
     def set_center(self) -> None:

@@ -1,0 +1,151 @@
+"""The `kdav` command. Exit codes: 0 done, 2 bad input, 75 stopped by a signal with the state saved."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from kdav_fast.config import Config, load_config
+from kdav_fast.errors import InputError
+
+BAD_INPUT = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank has the same error; one line is enough
+            print(f"kdav: error: {error}", file=sys.stderr, flush=True)
+        return BAD_INPUT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kdav", description="Distil a large image classifier into a small one."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command, summary: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=summary)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_overrides(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "overrides", nargs="*", metavar="key=value", help="config keys, such as train.epochs=3"
+        )
+
+    for name, command, summary in (
+        ("distill", _distill, "Train a student from a teacher, or continue a run."),
+        ("train", _train, "Train a plain model with labels only (a teacher), or continue a run."),
+    ):
+        sub = add(name, command, summary)
+        sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; launch/ holds recipes")
+        add_overrides(sub)
+        # The deepspeed launcher passes this; the environment says the same.
+        sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+    sub = add("evaluate", _evaluate, "Accuracy of a run, a checkpoint or an exported student.")
+    sub.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    add_overrides(sub)
+
+    sub = add("export", _export, "Fold a student into its stock architecture and write it.")
+    sub.add_argument("source", type=Path, metavar="RUN")
+    sub.add_argument("--format", choices=("safetensors", "onnx"), default="safetensors")
+    sub.add_argument("--output", type=Path, help="file to write (default: RUN/export/student.FORMAT)")
+
+    sub = add("report", _report, "Plot the curves of one run or of several, finished or not.")
+    sub.add_argument("runs", type=Path, nargs="+", metavar="RUN")
+    sub.add_argument("--output", type=Path, help="folder to write (default: RUN/report of the first run)")
+
+    sub = add("doctor", _doctor, "What is here, which fast paths are on, and what would turn on the others.")
+    sub.add_argument("--json", action="store_true", help="print JSON")
+
+    sub = add("demo", _demo, "Distil handwritten digits three ways in a few minutes.")
+    sub.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
+    return parser
+
+
+def _run(config: Config) -> int:
+    from kdav_fast.train.loop import run_training
+    from kdav_fast.train.stopping import STOPPED
+
+    accuracy = run_training(config)
+    if accuracy is None:
+        return STOPPED
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{config.run_dir}: {accuracy}")
+    return 0
+
+
+def _distill(options: argparse.Namespace) -> int:
+    return _run(load_config(options.config, options.overrides))
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = load_config(options.config, options.overrides)
+    if config.distiller.name != "none":
+        raise InputError(
+            f"distiller.name is '{config.distiller.name}', but 'kdav train' learns from labels only; "
+            "use 'kdav distill', or set distiller.name=none"
+        )
+    return _run(config)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from kdav_fast.evaluate import evaluate_file
+
+    accuracy = evaluate_file(options.source, options.overrides)
+    print(json.dumps(accuracy._asdict()) if options.json else f"{options.source}: {accuracy}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from kdav_fast.export import export_onnx, export_safetensors
+
+    folder = options.source if options.source.is_dir() else options.source.parent
+    output = options.output or folder / "export" / f"student.{options.format}"
+    if options.format == "onnx":
+        export_onnx(options.source, output)
+        print(f"wrote {output}")
+    else:
+        error = export_safetensors(options.source, output)
+        print(
+            f"wrote {output}; its scores differ from the trained student's by at most {error:.1e} of the largest"
+        )
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from kdav_fast.report import write_report
+
+    output = options.output or options.runs[0] / "report"
+    page = write_report(
+        {str(run): run for run in options.runs}, output, title=" and ".join(map(str, options.runs))
+    )
+    print(f"wrote {page}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from kdav_fast.doctor import diagnose, diagnosis_json, print_diagnosis
+
+    findings = diagnose()
+    if options.json:
+        print(diagnosis_json(findings))
+    else:
+        print_diagnosis(findings, Console())
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from kdav_fast.demo import run_demo
+
+    return run_demo(options.run_dir)

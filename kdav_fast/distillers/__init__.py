@@ -1,0 +1,33 @@
+"""What the student learns from: one interface, one file a method."""
+
+from kdav_fast.config import DistillerConfig, KDAVConfig, KDConfig
+from kdav_fast.distillers.base import Distiller, Losses, Target
+from kdav_fast.distillers.kd import KDDistiller
+from kdav_fast.distillers.kdav import KDAVDistiller
+from kdav_fast.distillers.none import LabelsOnly
+
+__all__ = ["Distiller", "Losses", "Target", "build_distiller"]
+
+
+def build_distiller(
+    config: DistillerConfig,
+    *,
+    student_width: int,
+    teacher_width: int | None,
+    classes: int,
+    label_smoothing: float,
+) -> Distiller:
+    """The distiller that a config names.
+
+    Args:
+        student_width, teacher_width: penultimate features; `teacher_width` is None without a teacher.
+        classes: K.
+        label_smoothing: for the terms that use labels.
+    """
+    if isinstance(config, KDAVConfig):
+        return KDAVDistiller(
+            config, student_width=student_width, teacher_width=teacher_width, classes=classes
+        )
+    if isinstance(config, KDConfig):
+        return KDDistiller(config.alpha, config.temperature, label_smoothing)
+    return LabelsOnly(label_smoothing)

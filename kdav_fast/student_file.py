@@ -1,0 +1,125 @@
+"""Students on disk: safetensors with a card that says what the weights are and how they were made."""
+
+import json
+from pathlib import Path
+
+from pydantic import ValidationError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
+from kdav_fast.errors import InputError
+from kdav_fast.head import EmbeddingHead
+from kdav_fast.models import Normalization, build_classifier, load_weights
+from kdav_fast.student import HEAD_PREFIX, Student
+
+FILE_NAME = "student.safetensors"
+CHECKPOINTS = "checkpoints"
+_CARD_KEY = "kdav_fast"
+
+
+class StudentCard(Section):
+    """Everything that is needed to use the weights, kept in the file's metadata."""
+
+    name: str
+    """The architecture: `timm:NAME`, `torchvision:NAME` or `cifar:NAME`."""
+    width: Positive
+    classes: tuple[str, ...]
+    """Class names in the order of the logits."""
+    mean: Triple
+    std: Triple
+    """Input normalisation of RGB pixels in 0..1."""
+    embedding_width: Count | None
+    """Width of the embedding head; None for weights of the stock architecture."""
+    data: DataConfig
+    """The data it was trained with; evaluation uses its root and sizes unless told otherwise."""
+    distiller: str
+    step: int
+    epoch: float
+
+    @property
+    def normalization(self) -> Normalization:
+        return Normalization(self.mean, self.std)
+
+
+def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> None:
+    """Write weights and card; a crash leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(weights, temporary, metadata={_CARD_KEY: card.model_dump_json(), "format": "pt"})
+    temporary.replace(path)
+
+
+def read_card(metadata: dict[str, str]) -> StudentCard | None:
+    """The card in a file's metadata; None for a file that this program did not write."""
+    if _CARD_KEY not in metadata:
+        return None
+    try:
+        return StudentCard.model_validate(json.loads(metadata[_CARD_KEY]))
+    except (ValueError, ValidationError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(
+            f"the file's '{_CARD_KEY}' metadata is damaged or of another version: {reason}"
+        ) from None
+
+
+def find_student_file(path: Path) -> Path:
+    """The weights that a path means: a file itself, a run's final student, or its newest checkpoint's.
+
+    Raises:
+        InputError: there are none.
+    """
+    if not path.is_dir():
+        return path
+    candidates = [path / FILE_NAME, *sorted(path.glob(f"{CHECKPOINTS}/step-*/{FILE_NAME}"), reverse=True)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        f"{path} holds neither {FILE_NAME} nor {CHECKPOINTS}/step-*/{FILE_NAME}; give a run that has "
+        "saved something, or a weights file"
+    )
+
+
+def read_student(path: Path) -> tuple[Student, StudentCard]:
+    """Rebuild a student from a file that `write_student` wrote.
+
+    Args:
+        path: a file, or a folder as in `find_student_file`.
+
+    Raises:
+        InputError: no such file, no card in it, or weights that do not fit the card.
+    """
+    file = find_student_file(path)
+    weights, metadata = load_weights(file)
+    card = read_card(metadata)
+    if card is None:
+        raise InputError(
+            f"{file} carries no '{_CARD_KEY}' metadata, so its architecture is unknown; give a run, or a file "
+            "that 'kdav export' wrote"
+        )
+    network = build_classifier(card.name, len(card.classes), width=card.width)
+    head = None
+    if card.embedding_width is not None:
+        head = EmbeddingHead(network.feature_width, card.embedding_width, len(card.classes))
+    student = Student(network, head)
+    try:
+        student.load_weights(weights)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    return student.eval(), card
+
+
+def read_stock_weights(path: Path) -> tuple[dict[str, Tensor], StudentCard | None]:
+    """Weights under the stock architecture's names from any checkpoint; an embedding head is folded.
+
+    Raises:
+        InputError: the file cannot be used.
+    """
+    file = find_student_file(path)
+    weights, metadata = load_weights(file)
+    card = read_card(metadata)
+    if card is not None and any(name.startswith(HEAD_PREFIX) for name in weights):
+        student, card = read_student(file)
+        return student.deployed(), card
+    return weights, card

@@ -1,0 +1,1 @@
+"""From a config to a trained student: set-up, loop, engine, checkpoints."""

@@ -1,0 +1,66 @@
+"""Training metrics, summed on the device and read back once a logging interval."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from kdav_fast.distillers import Losses, Target
+from kdav_fast.train.distributed import Cluster
+
+
+def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """How many valid rows have their class first, and among the first five."""
+    first = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
+    hits = first & valid[:, None]
+    return hits[:, 0].sum(), hits.sum()
+
+
+class TrainMeter:
+    """Means over the images of a logging interval, over all ranks, and where the time went."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._sums: dict[str, Tensor] = {}
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Start timing anew: evaluation and saving are not training time."""
+        self._started = time.perf_counter()
+        self._waited = 0.0
+        self._timed_images: Tensor | float = 0.0
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Time spent in here is time without a batch."""
+        started = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - started
+
+    def update(self, logits: Tensor, losses: Losses, target: Target) -> None:
+        """Add one batch; asks nothing of the device that it would have to be waited for."""
+        images = target.valid.sum()
+        top1, top5 = correct_counts(logits.detach(), target.labels, target.valid)
+        values = {"loss": losses.total.detach(), **losses.parts}
+        sums = {name: value.double() * images for name, value in values.items()}
+        sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.double()
+        self._timed_images = self._timed_images + images
+
+    def read(self) -> dict[str, float]:
+        """The interval's metrics under their logged keys; starts the next interval."""
+        names = list(self._sums)
+        totals = torch.stack([*self._sums.values(), self._timed_images.double()])
+        *sums, timed_images = self._cluster.sum(totals).tolist()
+        seconds = time.perf_counter() - self._started
+        sums = dict(zip(names, sums, strict=True))
+        images = max(1.0, sums.pop("images"))
+        values = {f"train/{name}": value / images for name, value in sums.items()}
+        values["images_per_second"] = timed_images / seconds
+        values["data_wait_share"] = self._waited / seconds
+        self._sums = {}
+        self.restart_clock()
+        return values

@@ -1,0 +1,32 @@
+"""Mixup and CutMix, after decoding, so that teacher and student see the same pixels."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from kdav_fast.config import TrainConfig
+from kdav_fast.data import Batch
+from kdav_fast.distillers import Target
+
+Mix = Callable[[Batch], tuple[Tensor, Target]]
+
+
+def build_mix(config: TrainConfig, classes: int) -> Mix:
+    """From a batch to the images both networks see and what is known of them."""
+    choices = []
+    if config.mixup > 0:
+        choices.append(v2.MixUp(alpha=config.mixup, num_classes=classes))
+    if config.cutmix > 0:
+        choices.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
+    if not choices:
+        return lambda batch: (batch.images, Target(batch.target, batch.valid))
+    mixers = v2.RandomChoice(choices)
+
+    def mix(batch: Batch) -> tuple[Tensor, Target]:
+        images, mixed = mixers(batch.images, batch.target)
+        images = images.contiguous(memory_format=torch.channels_last)
+        return images, Target(batch.target, batch.valid, mixed)
+
+    return mix

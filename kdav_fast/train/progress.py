@@ -1,0 +1,51 @@
+"""What a person sees while a run trains: a bar on a terminal, plain lines anywhere else."""
+
+import sys
+
+from tqdm import tqdm
+
+from kdav_fast.train.distributed import Cluster
+
+
+class Progress:
+    """Rank 0's view of the run; silent on the others.
+
+    Args:
+        cluster: the run's processes.
+        step: optimizer steps already taken.
+        steps: optimizer steps of the whole run.
+    """
+
+    def __init__(self, cluster: Cluster, step: int, steps: int) -> None:
+        self._speaks = cluster.is_first
+        self._steps = steps
+        terminal = self._speaks and sys.stderr.isatty()
+        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """The metrics of a logging interval or an evaluation."""
+        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
+        if self._bar is not None and not any(name.startswith("val/") for name in values):
+            self._bar.set_postfix_str(shown)
+        else:
+            self.say(f"step {step}/{self._steps}  {shown}")
+
+    def say(self, text: str) -> None:
+        """A line of text that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._speaks:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _short(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

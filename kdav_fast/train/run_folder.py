@@ -1,0 +1,66 @@
+"""The run's folder: one config, written once, and an answer to "is this the same run?"."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kdav_fast.config import Config, dump_config
+from kdav_fast.errors import InputError
+
+_FILE = "config.yaml"
+# These say where and how fast a run runs, not what it computes: they may change on a restart.
+_FREE = {"run_dir", "device", "data.root", "data.workers", "train.keep_checkpoints"}
+
+
+def check_run_folder(config: Config) -> None:
+    """Raise `InputError` if the folder belongs to another config; it names the first differing key."""
+    file = config.run_dir / _FILE
+    if not file.exists():
+        return
+    there = _flat(read_run_config(config.run_dir))
+    here = _flat(config.model_dump(mode="json"))
+    for key in sorted(there.keys() | here.keys()):
+        if there.get(key) != here.get(key) and key not in _FREE:
+            raise InputError(
+                f"run_dir {config.run_dir} belongs to another config: {key} is {there.get(key)!r} there and "
+                f"{here.get(key)!r} here; use the same value to continue that run, or another run_dir"
+            )
+
+
+def write_run_config(config: Config) -> None:
+    """Make the folder and write the resolved config; `InputError` if it cannot be written."""
+    file = config.run_dir / _FILE
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = file.with_name(file.name + ".tmp")
+        temporary.write_text(dump_config(config), encoding="utf-8")
+        temporary.replace(file)
+    except OSError as error:
+        raise InputError(
+            f"run_dir {config.run_dir}: {error.strerror}; give a folder that can be written"
+        ) from None
+
+
+def read_run_config(run_dir: Path) -> dict[str, Any]:
+    """The config saved in a run's folder; raises `InputError` if there is none or it is damaged."""
+    file = run_dir / _FILE
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}; give the run_dir of a run") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raw = None
+    if not isinstance(raw, dict):
+        raise InputError(f"{file} is damaged; restore it, or use another run_dir")
+    return raw
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,202 @@
+"""From a config to the parts that the loop runs on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from kdav_fast.config import Config, ModelConfig
+from kdav_fast.data import DataSets, build_loaders, check_images, open_images
+from kdav_fast.distillers import Distiller, build_distiller
+from kdav_fast.errors import InputError
+from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_classifier, renormalization
+from kdav_fast.student import Student
+from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
+from kdav_fast.train.distributed import Cluster
+from kdav_fast.train.engine import build_engine, micro_batch_size
+from kdav_fast.train.mixing import Mix, build_mix
+from kdav_fast.train.optimizer import build_optimizer
+from kdav_fast.train.precision import autocast_dtype
+from kdav_fast.train.schedule import lr_factor
+from kdav_fast.train.teacher import FrozenTeacher
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of."""
+
+    config: Config
+    cluster: Cluster
+    dtype: torch.dtype | None
+    loaders: DataSets
+    normalization: Normalization
+    student: Student
+    teacher: FrozenTeacher | None
+    distiller: Distiller
+    mix: Mix
+    engine: Any
+    """DeepSpeed's engine around `student`."""
+    average: AveragedModel | None
+    """Exponential moving average of `student`, where the config asks for one."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    steps_per_epoch: float
+    """Optimizer steps an epoch."""
+
+    @property
+    def run_dir(self) -> Path:
+        return self.config.run_dir
+
+    @property
+    def evaluated_student(self) -> Student:
+        """Whose accuracy counts: the average where there is one."""
+        return self.student if self.average is None else self.average.module
+
+    def card(self, step: int) -> StudentCard:
+        """What a file of the student's weights says about itself."""
+        head = self.student.head
+        return StudentCard(
+            name=self.config.model.name,
+            width=self.config.model.width,
+            classes=self.loaders.classes,
+            mean=self.normalization.mean,
+            std=self.normalization.std,
+            embedding_width=head and head.projector.out_features,
+            data=self.config.data,
+            distiller=self.config.distiller.name,
+            step=step,
+            epoch=step / self.steps_per_epoch,
+        )
+
+
+def set_up(config: Config, cluster: Cluster) -> Parts:
+    """Build a run's parts; nothing is trained yet and no file of the run is touched.
+
+    Raises:
+        InputError: anything in the config that does not fit the data, the weights or the hardware.
+    """
+    train, device = config.train, cluster.device
+    per_step = cluster.world * train.accumulate
+    if train.batch_size % per_step:
+        raise InputError(
+            f"train.batch_size is {train.batch_size}; with {cluster.world} processes and train.accumulate="
+            f"{train.accumulate} it must be a multiple of {per_step}"
+        )
+    dtype = autocast_dtype(train.precision, device)
+    images = cluster.on_first(lambda: open_images(config.data, train.seed))
+    cluster.on_first(lambda: [check_images(split) for split in images])
+    classes = images.train.classes
+
+    torch.manual_seed(train.seed)  # the same initial weights on every rank
+    network, known = build_network(config.model, classes, "model")
+    normalization = _configured(config.data) or known or IMAGENET
+    micro_batch = micro_batch_size(train, cluster.world)
+    loaders = build_loaders(
+        config.data,
+        images,
+        batch_size=micro_batch,
+        eval_batch_size=micro_batch,
+        device=device,
+        rank=cluster.rank,
+        world=cluster.world,
+        local_world=cluster.local_world,
+        seed=train.seed,
+        normalization=normalization,
+    )
+    teacher = _build_teacher(config, classes, normalization, cluster, dtype)
+    distiller = build_distiller(
+        config.distiller,
+        student_width=network.feature_width,
+        teacher_width=teacher and teacher.network.feature_width,
+        classes=len(classes),
+        label_smoothing=train.label_smoothing,
+    ).to(device)
+    student = Student(network, distiller.head).to(device)
+
+    average = None
+    if train.ema_decay > 0:
+        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay), use_buffers=True)
+        average.to(memory_format=torch.channels_last)
+    if config.model.compile:
+        network.compile()
+    steps_per_epoch = loaders.train.steps_per_epoch / train.accumulate
+    steps = max(1, round(train.epochs * steps_per_epoch))
+    engine = build_engine(
+        student,
+        build_optimizer(config.optimizer, student),
+        lr_factor(config.schedule, steps, steps_per_epoch),
+        train,
+        cluster,
+        dtype,
+    )
+    torch.manual_seed(train.seed + cluster.rank)  # mixing differs between ranks
+    return Parts(
+        config,
+        cluster,
+        dtype,
+        loaders,
+        normalization,
+        student,
+        teacher,
+        distiller,
+        build_mix(train, len(classes)),
+        engine,
+        average,
+        steps,
+        steps_per_epoch,
+    )
+
+
+def build_network(
+    config: ModelConfig, classes: tuple[str, ...], section: str
+) -> tuple[ImageClassifier, Normalization | None]:
+    """A network with its weights, and the input normalisation these expect, if anything says so."""
+    network = build_classifier(config.name, len(classes), width=config.width, pretrained=config.pretrained)
+    known = _configured(config) or network.normalization
+    if config.checkpoint is None:
+        return network, known
+    weights, card = read_stock_weights(config.checkpoint)
+    file = find_student_file(config.checkpoint)
+    try:
+        network.load_stock_state_dict(weights)
+    except InputError as error:
+        raise InputError(f"{section}.checkpoint {file}: {error}") from None
+    if card is not None:
+        if card.classes != classes:
+            first = next(
+                (f"{a!r} there, {b!r} here" for a, b in zip(card.classes, classes, strict=False) if a != b),
+                f"{len(card.classes)} there, {len(classes)} here",
+            )
+            raise InputError(
+                f"{section}.checkpoint {file} was trained for other classes than the data's ({first}); "
+                "use weights trained for the same class folders"
+            )
+        known = _configured(config) or card.normalization
+    return network, known
+
+
+def _build_teacher(
+    config: Config,
+    classes: tuple[str, ...],
+    normalization: Normalization,
+    cluster: Cluster,
+    dtype: torch.dtype | None,
+) -> FrozenTeacher | None:
+    if config.teacher is None or config.distiller.name == "none":
+        return None
+    if config.teacher.checkpoint is None and not config.teacher.pretrained:
+        raise InputError(
+            "the teacher has no weights; set teacher.checkpoint to a file or run, or teacher.pretrained=true"
+        )
+    network, known = build_network(config.teacher, classes, "teacher")
+    if config.teacher.compile:
+        network.compile()
+    return FrozenTeacher(
+        network, renormalization(normalization, known or normalization), cluster.device, dtype
+    )
+
+
+def _configured(config: Any) -> Normalization | None:
+    return None if config.mean is None else Normalization(config.mean, config.std)

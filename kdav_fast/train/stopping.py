@@ -1,0 +1,59 @@
+"""Stopping early without losing work: a signal to any rank stops all of them at the same step."""
+
+import signal
+from types import FrameType
+from typing import Self
+
+import torch
+import torch.distributed as dist
+
+from kdav_fast.train.distributed import Cluster
+
+STOPPED = 75
+"""Exit code: stopped by a signal with the state saved; the same command continues (sysexits' EX_TEMPFAIL)."""
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class StopRequest:
+    """Listens for SIGTERM, SIGINT and SIGUSR1; a second SIGINT interrupts at once.
+
+    Use as a context manager around the loop; the previous handlers come back afterwards.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._requested = False
+        self._pending: tuple[torch.Tensor, dist.Work] | None = None
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._pending is not None:
+            self._pending[1].wait()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def agreed(self) -> bool:
+        """Whether all ranks stop after this step; every rank must ask once a step.
+
+        Over several ranks the answer is that of the step before, so that no step waits for the network.
+        """
+        if self._cluster.world == 1:
+            return self._requested
+        stop = False
+        if self._pending is not None:
+            votes, work = self._pending
+            work.wait()
+            stop = bool(votes.item())
+        votes = torch.tensor(int(self._requested))
+        work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._cluster.control, async_op=True)
+        self._pending = (votes, work)
+        return stop

@@ -1,0 +1,66 @@
+"""What several test modules need: small runs on the digits, and where GPU tests run."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kdav_fast.config import Config, parse_config
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+SMALL_RUN: dict[str, Any] = {
+    "device": "cpu",
+    "data": {
+        "name": "digits",
+        "image_size": 8,
+        "crop": "padded",
+        "crop_padding": 1,
+        "flip": False,
+        "train_subset": 240,
+        "workers": 1,
+    },
+    "model": {"name": "cifar:resnet8", "width": 0.25},
+    "train": {"epochs": 3, "batch_size": 32, "log_every": 3, "evaluate_every": 1, "save_every": 1},
+}
+"""8 steps an epoch, the last one half padding; seconds on one core."""
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the leaves of `changes` put in."""
+    result = copy.deepcopy(base)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merged(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+@pytest.fixture(scope="session")
+def small_config():
+    """Builds the config of a small run: `small_config(run_dir, section={...})`."""
+
+    def build(run_dir: Path, **changes: Any) -> Config:
+        return parse_config(merged(SMALL_RUN, {"run_dir": str(run_dir), **changes}))
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def teacher_run(small_config, tmp_path_factory) -> Path:
+    """A finished run of a small teacher on the digits."""
+    from kdav_fast.train.loop import run_training
+
+    run_dir = tmp_path_factory.mktemp("teacher") / "run"
+    run_training(small_config(run_dir, model={"width": 1.0}, train={"epochs": 4}))
+    return run_dir

@@ -1,0 +1,149 @@
+"""Each method against its formula, in float64, with padding left out."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdav_fast import kdav_loss
+from kdav_fast.config import KDAVConfig, KDConfig, NoDistiller
+from kdav_fast.distillers import Target, build_distiller
+from kdav_fast.outputs import Outputs
+
+CLASSES, STUDENT_WIDTH, TEACHER_WIDTH, BATCH = 5, 6, 9, 8
+
+
+@pytest.fixture
+def batch():
+    """Student and teacher outputs and a target whose last two rows are padding full of NaN."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    student = Outputs(normal(BATCH, STUDENT_WIDTH), normal(BATCH, CLASSES), normal(BATCH, TEACHER_WIDTH))
+    teacher = Outputs(normal(BATCH, TEACHER_WIDTH) + 1, normal(BATCH, CLASSES))
+    valid = torch.arange(BATCH) < BATCH - 2
+    for outputs in (student, teacher):
+        for tensor in outputs:
+            if tensor is not None:
+                tensor[~valid] = torch.nan
+    return student, teacher, Target(torch.arange(BATCH) % CLASSES, valid)
+
+
+def build(config, label_smoothing=0.0):
+    return build_distiller(
+        config,
+        student_width=STUDENT_WIDTH,
+        teacher_width=TEACHER_WIDTH,
+        classes=CLASSES,
+        label_smoothing=label_smoothing,
+    )
+
+
+def test_labels_only(batch):
+    student, _, target = batch
+    losses = build(NoDistiller())(student, None, target)
+    log_p = student.logits[:6].double().log_softmax(1)
+    expected = -log_p[torch.arange(6), target.labels[:6]].mean()
+    torch.testing.assert_close(losses.total.double(), expected)
+    torch.testing.assert_close(losses.parts["cross_entropy"].double(), expected)
+
+
+def test_label_smoothing_and_mixed_targets(batch):
+    student, _, target = batch
+    shares = torch.full((BATCH, CLASSES), 0.0)
+    shares[:, 1], shares[:, 3] = 0.25, 0.75
+    log_p = student.logits[:6].double().log_softmax(1)
+    mixed = build(NoDistiller())(student, None, target._replace(mixed=shares))
+    torch.testing.assert_close(mixed.total.double(), -(log_p @ shares[0].double()).mean())
+    smooth = build(NoDistiller(), label_smoothing=0.1)(student, None, target)
+    truth = 0.9 * F.one_hot(target.labels[:6], CLASSES) + 0.1 / CLASSES
+    torch.testing.assert_close(smooth.total.double(), -(truth * log_p).sum(1).mean())
+
+
+def test_kd_is_hinton_s_formula(batch):
+    student, teacher, target = batch
+    alpha, temperature = 0.7, 3.0
+    losses = build(KDConfig(name="kd", alpha=alpha, temperature=temperature))(student, teacher, target)
+    f, g = student.logits[:6].double(), teacher.logits[:6].double()
+    kl = 0.0
+    for i in range(6):
+        p, q = torch.softmax(f[i] / temperature, 0), torch.softmax(g[i] / temperature, 0)
+        kl += sum(float(b) * math.log(float(b) / float(a)) for a, b in zip(p, q, strict=True)) / 6
+    ce = F.cross_entropy(f, target.labels[:6])
+    expected = (1 - alpha) * ce + alpha * temperature**2 * kl
+    torch.testing.assert_close(losses.total.double(), expected, rtol=1e-5, atol=1e-6)
+    assert set(losses.parts) == {"cross_entropy", "soft_target_kl"}
+
+
+def measured(config, teacher, target):
+    distiller = build(config)
+    assert distiller.needs_measuring
+    distiller.measure(teacher, target)
+    distiller.finish_measuring()
+    return distiller
+
+
+def test_kdav_measures_centre_and_prototypes_without_padding(batch):
+    _, teacher, target = batch
+    distiller = measured(KDAVConfig(name="kdav"), teacher, target)
+    seen = teacher.features[:6].double()
+    torch.testing.assert_close(distiller.head.center.double(), seen.mean(0), rtol=1e-5, atol=1e-6)
+    means = torch.stack([(seen - seen.mean(0))[target.labels[:6] == y].mean(0) for y in range(CLASSES)])
+    torch.testing.assert_close(distiller.head.prototypes(), F.normalize(means, dim=1), rtol=1e-4, atol=1e-5)
+
+
+def test_kdav_remembers_the_batch_first_then_takes_the_loss_over_the_memory(batch):
+    student, teacher, target = batch
+    config = KDAVConfig(name="kdav", memory_length=16, kappa_student=5, kappa_teacher=8, temperature=2)
+    distiller = measured(config, teacher, target)
+    embedding = student.embedding.clone().requires_grad_()
+    losses = distiller(student._replace(embedding=embedding), teacher, target)
+    centred = teacher.features[:6].double() - distiller.head.center.double()
+    truth = kdav_loss(
+        student.embedding[:6].double(),
+        centred,
+        teacher.logits[:6].double(),
+        F.normalize(centred, dim=1),
+        torch.softmax(teacher.logits[:6].double() / 2, 1),
+        kappa_student=5,
+        kappa_teacher=8,
+        temperature=2,
+    )
+    assert distiller.memory.filled == 6
+    torch.testing.assert_close(losses.total.double(), truth.loss, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.parts["membership_kl"].double(), truth.membership_kl.mean(), rtol=1e-4, atol=1e-5)
+    losses.total.backward()
+    assert embedding.grad[:6].isfinite().all()
+    assert (embedding.grad[:6] != 0).any()
+
+
+def test_kdav_running_prototypes_are_those_of_all_batches_seen(batch):
+    student, teacher, target = batch
+    distiller = measured(KDAVConfig(name="kdav", prototypes="running"), teacher, target)
+    assert distiller.head.class_mass.sum() == 0
+    for shift in (0.0, 2.0):
+        moved = teacher._replace(features=teacher.features + shift)
+        distiller(student, moved, target)
+    seen = teacher.features[:6].double() + 1.0  # the mean of both batches
+    means = [(seen - distiller.head.center)[target.labels[:6] == y].mean(0) for y in range(CLASSES)]
+    expected = F.normalize(torch.stack(means), dim=1)
+    torch.testing.assert_close(distiller.head.prototypes(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_kdav_uncentred_with_running_prototypes_needs_no_pass():
+    assert not build(KDAVConfig(name="kdav", prototypes="running", center=False)).needs_measuring
+
+
+def test_kdav_ids_remember_the_teacher_s_class(batch):
+    student, teacher, target = batch
+    distiller = measured(KDAVConfig(name="kdav", posterior="ids", memory_length=6), teacher, target)
+    assert distiller(student, teacher, target).total.isfinite()
+    assert torch.equal(distiller.memory.posterior, teacher.logits[:6].argmax(1))
+
+
+def test_state_holds_the_memory_but_not_the_student_s_head():
+    names = set(build(KDAVConfig(name="kdav")).state_dict())
+    assert names == {"memory._embedding", "memory._posterior", "memory.cursor", "memory.filled"}

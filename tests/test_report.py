@@ -1,0 +1,222 @@
+import base64
+import json
+import math
+import re
+import struct
+
+import pytest
+from matplotlib import pyplot
+
+from kdav_fast import report
+from kdav_fast.errors import InputError
+from kdav_fast.report import write_report
+
+
+def make_run(folder, lines, config="schedule: {name: cosine}\n"):
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if config is not None:
+        (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def training(steps=6, **more):
+    lines = []
+    for step in range(1, steps + 1):
+        line = {
+            "step": step,
+            "epoch": step / 2,
+            "train/loss": 3.0 / step,
+            "train/top1": 10.0 * step,
+            "lr": 0.1,
+        }
+        lines.append(line | {"images_per_second": 900.0 + step, "data_wait_share": 0.1} | more)
+        if step % 2 == 0:
+            lines.append(
+                {"step": step, "epoch": step / 2, "val/top1": 50.0 - abs(4 - step), "val/images": 100}
+            )
+    return lines
+
+
+def pngs(folder):
+    return {path.stem for path in folder.glob("*.png")}
+
+
+def text_of(page):
+    return re.sub(r"<[^>]+>", " ", page.read_text())
+
+
+def test_the_page_stands_alone_and_embeds_every_figure(tmp_path):
+    run = make_run(tmp_path / "run", training())
+    page = write_report({"KDAV": run}, tmp_path / "report", title="A run")
+    assert page == tmp_path / "report" / "index.html"
+    html = page.read_text()
+    assert pngs(tmp_path / "report") == {"losses", "accuracy", "learning_rate", "throughput"}
+    assert re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?+(?!data:)""", html) == []
+    assert "://" not in html
+    assert "@import" not in html
+    embedded = [base64.b64decode(data) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', html)]
+    assert sorted(embedded) == sorted(path.read_bytes() for path in (tmp_path / "report").glob("*.png"))
+    assert "prefers-color-scheme: dark" in html
+    assert 'name="viewport"' in html
+
+
+def test_the_table_gives_final_and_best_and_when(tmp_path):
+    run = make_run(tmp_path / "run", training())
+    text = text_of(write_report({"KDAV": run}, tmp_path / "report", title="A run", summary={"gain": 2.914}))
+    # val/top1 is 48, 50, 48 at epochs 1, 2, 3: the last is not the best.
+    assert re.search(r"48\.00\s+best 50\.00, epoch 2\.00", text)
+    assert re.search(r"906\.00\s+median 903\.50", text)
+    assert re.search(r"gain\s+2\.91", text)
+    assert "schedule: {name: cosine}" in text
+    assert "torch 2." in text
+
+
+def test_loss_is_best_when_lowest(tmp_path):
+    lines = [{"step": step, "train/loss": loss} for step, loss in enumerate([2.0, 1.25, 1.5])]
+    text = text_of(write_report({"a": make_run(tmp_path / "run", lines)}, tmp_path / "report", title="t"))
+    assert re.search(r"1\.50\s+best 1\.25, step 1\b", text)
+
+
+def test_user_text_is_escaped(tmp_path):
+    evil = "<script>alert('&')</script>"
+    run = make_run(tmp_path / "run", training(), config=f"run_dir: {evil}\n")
+    html = write_report({evil: run}, tmp_path / "report", title=evil, summary={evil: 1.0}).read_text()
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") >= 6
+
+
+def test_labels_that_matplotlib_would_read_as_markup(tmp_path):
+    run = make_run(tmp_path / "run", training(**{"odd$_key$": 1.0}))
+    figures = report._groups([report._load("_$x_{$", run)])
+    figure = report._draw([report._load("_$x_{$", run)], figures["losses"], "epoch")
+    [entry, *_] = figure.legends[0].get_texts()
+    assert entry.get_text().strip() == r"_\$x_{\$"
+    write_report({"_$x_{$": run}, tmp_path / "report", title="$_{")  # broken mathematics would raise here
+
+
+def test_every_run_of_an_overlay_has_a_line_and_its_own_look(tmp_path):
+    runs = [report.Run(f"run {i}", training(), None) for i in range(9)]
+    figure = report._draw(runs, {"loss": ["train/loss"]}, "epoch")
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == 9
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [run.label for run in runs]
+
+
+def test_an_unknown_number_gets_a_plot_and_text_does_not(tmp_path):
+    more = {
+        "grad_norm": 1.0,
+        "train/skipped_steps": 2,
+        "time/forward_ms": 3.0,
+        "train/hint": 1.0,
+        "note": "x",
+    }
+    run = report._load("a", make_run(tmp_path / "run", training(**more)))
+    groups = report._groups([run])
+    assert groups["losses"] == {"loss": ["train/loss"], "hint": ["train/hint"]}
+    assert groups["other"] == {"grad_norm": ["grad_norm"], "skipped_steps": ["train/skipped_steps"]}
+    assert groups["time"] == {"time/forward_ms": ["time/forward_ms"]}
+    assert groups["accuracy"] == {"top1": ["train/top1", "val/top1"]}
+    assert "note" not in str(groups)
+    write_report({"a": tmp_path / "run"}, tmp_path / "report", title="t")
+    assert {"other", "time"} <= pngs(tmp_path / "report")
+
+
+@pytest.mark.parametrize("key", ["../escape/x", "a b/../c", "é/x"])
+def test_a_key_cannot_choose_where_a_figure_goes(tmp_path, key):
+    run = make_run(tmp_path / "run", training(**{key: 1.0}))
+    write_report({"a": run}, tmp_path / "out" / "report", title="t")
+    assert {path.parent for path in tmp_path.rglob("*.png")} == {tmp_path / "out" / "report"}
+    assert len(pngs(tmp_path / "out" / "report")) == 5
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 0}],
+        [{"step": 1, "epoch": 0.5, "train/loss": 1.0}],
+        [{"step": 1, "train/loss": None}, {"step": 2, "train/loss": None}],
+        [{"step": 0, "epoch": 0.0, "val/top1": 10.0}],
+        [{"step": 1, "train/loss": 0.0}, {"step": 2, "train/loss": "text"}, {"step": 3, "train/loss": 1e9}],
+        training(3)[:3],
+    ],
+    ids=["empty", "bare", "one", "nulls", "at zero", "mixed", "no evaluation"],
+)
+def test_thin_runs_still_give_a_report(tmp_path, lines):
+    thin, full = make_run(tmp_path / "thin", lines, config=None), make_run(tmp_path / "full", training())
+    alone = write_report({"thin": thin}, tmp_path / "alone", title="t").read_text()
+    assert "no config.yaml" in alone
+    assert ("No metrics" in alone) == (not pngs(tmp_path / "alone"))
+    both = write_report({"thin": thin, "full": full}, tmp_path / "both", title="t").read_text()
+    assert "thin" in both
+    assert pngs(tmp_path / "both") == {"losses", "accuracy", "learning_rate", "throughput"}
+
+
+def test_a_null_is_a_gap_and_a_point_between_two_gaps_is_marked():
+    lines = [{"step": i, "train/loss": None if i in (98, 100) else float(i)} for i in range(150)]
+    _, y = report.Run("a", lines, None).series("train/loss", "step")
+    assert [i for i, value in enumerate(y) if math.isnan(value)] == [98, 100]
+    assert report._marked(y, also_some=False) == [99]
+
+
+def test_axis_is_the_step_when_a_run_has_no_epochs(tmp_path):
+    runs = {
+        "a": make_run(tmp_path / "a", training()),
+        "b": make_run(tmp_path / "b", [{"step": 7, "lr": 0.1}]),
+    }
+    seen = []
+    original = report._draw
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "_draw", lambda *given: seen.append(given[2]) or original(*given))
+        write_report(runs, tmp_path / "report", title="t")
+    assert set(seen) == {"step"}
+
+
+def test_smoothing_takes_noise_and_leaves_schedules_and_outliers():
+    assert report._is_noisy([(-1.0) ** i for i in range(300)])
+    assert not report._is_noisy([i // 50 for i in range(300)])
+    assert not report._is_noisy([math.cos(i / 100) for i in range(300)])
+    spike = [1.0] * 50 + [1000.0] + [1.0] * 50
+    assert report._running_median(spike, 3) == [1.0] * 101
+    smooth = report._running_median([1.0, math.nan, 3.0], 1)
+    assert [smooth[0], smooth[2]] == [1.0, 3.0]
+    assert math.isnan(smooth[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "scale"),
+    [
+        ("train/loss", [5.0 - i / 50 for i in range(200)], "linear"),
+        ("grad_norm", [1000 / (i + 1) for i in range(200)], "log"),
+        ("grad_norm", [0.0] + [1000 / (i + 1) for i in range(200)], "linear"),
+        ("lr", [0.1 * 10.0 ** -(i // 50) for i in range(200)], "log"),
+        ("lr", [0.1 * math.cos(i / 200 * math.pi / 2) for i in range(200)], "linear"),
+        ("val/top1", [0.1 + i / 2 for i in range(200)], "linear"),
+    ],
+)
+def test_scale(key, values, scale):
+    run = report.Run("a", [{"step": i, key: value} for i, value in enumerate(values)], None)
+    figure = report._draw([run], {report._split(key)[1]: [key]}, "step")
+    assert figure.axes[0].get_yscale() == scale
+
+
+def test_no_pyplot_state_and_figures_of_a_legible_size(tmp_path):
+    before = pyplot.get_fignums()
+    write_report({"a": make_run(tmp_path / "run", training())}, tmp_path / "report", title="t")
+    assert pyplot.get_fignums() == before
+    for path in (tmp_path / "report").glob("*.png"):
+        width, height = struct.unpack(">II", path.read_bytes()[16:24])
+        assert width == 960
+        assert height >= 450
+
+
+def test_errors_name_what_to_give(tmp_path):
+    with pytest.raises(InputError, match="at least one run folder"):
+        write_report({}, tmp_path / "report", title="t")
+    with pytest.raises(InputError, match=r"metrics\.jsonl"):
+        write_report({"a": tmp_path / "missing"}, tmp_path / "report", title="t")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="folder that can be written"):
+        write_report({"a": make_run(tmp_path / "run", training())}, tmp_path / "file", title="t")

@@ -1,0 +1,153 @@
+"""The small parts of training, each alone: optimizer groups, mixing, precision, metrics, teacher."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kdav_fast.config import OptimizerConfig, TrainConfig
+from kdav_fast.data import Batch
+from kdav_fast.distillers import Losses, Target
+from kdav_fast.models import IMAGENET, Normalization, build_classifier, renormalization
+from kdav_fast.train.distributed import Cluster
+from kdav_fast.train.meter import TrainMeter
+from kdav_fast.train.mixing import build_mix
+from kdav_fast.train.optimizer import build_optimizer
+from kdav_fast.train.precision import autocast_dtype
+from kdav_fast.train.teacher import FrozenTeacher
+
+CPU = torch.device("cpu")
+ALONE = Cluster(0, 1, 0, 1, CPU)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("everything", [True, False])
+def test_weight_decay_reaches_what_the_config_says(name, everything):
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2).requires_grad_(False))
+    config = OptimizerConfig(name=name, weight_decay=0.5, decay_norm_and_bias=everything)
+    groups = build_optimizer(config, module).param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    weight, bias = module[0].weight, module[0].bias
+    assert len(decay) == 4  # the frozen layer is left out
+    assert decay[id(weight)] == 0.5
+    assert decay[id(bias)] == decay[id(module[1].weight)] == (0.5 if everything else 0.0)
+
+
+def batch_of(size=8, classes=4):
+    torch.manual_seed(3)
+    images = torch.randn(size, 3, 6, 6).contiguous(memory_format=torch.channels_last)
+    index = torch.arange(size)
+    return Batch(images, index % classes, torch.ones(size, dtype=torch.bool), index)
+
+
+def test_no_mixing_leaves_the_batch_alone():
+    batch = batch_of()
+    images, target = build_mix(TrainConfig(), 4)(batch)
+    assert images is batch.images
+    assert target.mixed is None
+
+
+def test_mixup_blends_pixels_and_shares_alike():
+    batch = batch_of()
+    images, target = build_mix(TrainConfig(mixup=1.0), 4)(batch)
+    partner = batch.images.roll(1, 0)
+    share = target.mixed[0, batch.target[0]]
+    torch.testing.assert_close(images, share * batch.images + (1 - share) * partner)
+    torch.testing.assert_close(target.mixed.sum(1), torch.ones(8))
+    assert 0 < share < 1
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(target.labels, batch.target)
+
+
+def test_cutmix_takes_each_pixel_from_one_of_two_images():
+    batch = batch_of()
+    images, target = build_mix(TrainConfig(cutmix=1.0), 4)(batch)
+    own = (images == batch.images).all(1)
+    other = (images == batch.images.roll(1, 0)).all(1)
+    assert (own | other).all()
+    torch.testing.assert_close(target.mixed[0, batch.target[0]], own[0].float().mean())
+
+
+def test_both_mixings_take_turns():
+    torch.manual_seed(0)
+    batch, mix = batch_of(), build_mix(TrainConfig(mixup=1.0, cutmix=1.0), 4)
+    kinds = set()
+    for _ in range(20):
+        images, _ = mix(batch)
+        kinds.add(bool(((images == batch.images) | (images == batch.images.roll(1, 0))).all()))
+    assert kinds == {True, False}
+
+
+def test_precision():
+    assert autocast_dtype("auto", CPU) is None
+    assert autocast_dtype("fp32", CPU) is None
+    assert autocast_dtype("bf16", CPU) is torch.bfloat16
+
+
+def test_meter_means_over_valid_images():
+    meter = TrainMeter(ALONE)
+    valid = torch.tensor([True, True, False])
+    scores = torch.arange(7.0)
+    logits = torch.stack([-scores, scores, scores])  # class 0 leads the first row, class 6 the others
+    target = Target(torch.tensor([0, 1, 2]), valid)
+    meter.update(logits, Losses(torch.tensor(2.0), {"part": torch.tensor(1.0)}), target)
+    one = Target(torch.tensor([3]), torch.tensor([True]))
+    meter.update(-scores[None], Losses(torch.tensor(5.0), {"part": torch.tensor(4.0)}), one)
+    values = meter.read()
+    assert values["train/loss"] == pytest.approx((2 * 2 + 5) / 3)
+    assert values["train/part"] == pytest.approx((2 * 1 + 4) / 3)
+    assert values["train/top1"] == pytest.approx(100 / 3)
+    assert values["train/top5"] == pytest.approx(200 / 3)  # the second row puts its class 1 sixth
+    assert values["images_per_second"] > 0
+    assert 0 <= values["data_wait_share"] <= 1
+
+
+def test_teacher_sees_its_own_normalisation_and_never_changes():
+    torch.manual_seed(0)
+    network = build_classifier("cifar:resnet8", 10, width=0.25)
+    plain = copy.deepcopy(network).eval()
+    half = Normalization((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    teacher = FrozenTeacher(network, renormalization(IMAGENET, half), CPU, None)
+    teacher.train()
+    pixels = torch.rand(4, 3, 16, 16)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    outputs = teacher((pixels - mean) / std)
+    with torch.no_grad():
+        expected = plain((pixels - 0.5) / 0.5)
+    torch.testing.assert_close(outputs.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(outputs.features, expected.features, rtol=1e-4, atol=1e-5)
+    assert not outputs.logits.requires_grad
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+    assert not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_engine_step_is_plain_torch_s(tmp_path):
+    """A DeepSpeed engine over three steps against the same steps written out in torch."""
+    from kdav_fast.config import ScheduleConfig
+    from kdav_fast.train.distributed import start_cluster
+    from kdav_fast.train.engine import build_engine
+    from kdav_fast.train.schedule import lr_factor
+
+    torch.manual_seed(0)
+    mine = build_classifier("cifar:resnet8", 10, width=0.25)
+    theirs = copy.deepcopy(mine)
+    config = TrainConfig(batch_size=16, accumulate=2)
+    optimizer = OptimizerConfig(lr=0.05, momentum=0.9, weight_decay=5e-4)
+    factor = lr_factor(ScheduleConfig(name="cosine"), 3, 3.0)
+    cluster = start_cluster("cpu")
+    engine = build_engine(mine, build_optimizer(optimizer, mine), factor, config, cluster, None)
+    plain = torch.optim.SGD(theirs.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    images, labels = torch.randn(6, 8, 3, 16, 16), torch.randint(10, (6, 8))
+    for step in range(3):
+        plain.param_groups[0]["lr"] = 0.05 * factor(step)
+        plain.zero_grad()
+        for micro in (2 * step, 2 * step + 1):
+            engine.backward(F.cross_entropy(engine(images[micro]).logits, labels[micro]))
+            engine.step()
+            (F.cross_entropy(theirs(images[micro]).logits, labels[micro]) / 2).backward()
+        plain.step()
+    for ours, expected in zip(mine.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)

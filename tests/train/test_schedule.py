@@ -1,0 +1,55 @@
+"""The learning rate against torch's own schedulers."""
+
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from kdav_fast.config import ScheduleConfig
+from kdav_fast.train.schedule import lr_factor
+
+STEPS, STEPS_PER_EPOCH = 120, 12.0
+
+
+def torch_curve(make):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = make(optimizer)
+    curve = []
+    for _ in range(STEPS):
+        curve.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return curve
+
+
+def curve(**config):
+    factor = lr_factor(ScheduleConfig(**config), STEPS, STEPS_PER_EPOCH)
+    return [factor(step) for step in range(STEPS)]
+
+
+def test_step():
+    truth = torch_curve(lambda o: lr_scheduler.MultiStepLR(o, [36, 72], 0.1))
+    assert curve(name="step", milestones=(3, 6)) == pytest.approx(truth)
+
+
+def test_cosine():
+    truth = torch_curve(lambda o: lr_scheduler.CosineAnnealingLR(o, STEPS, eta_min=0.01))
+    assert curve(name="cosine", final=0.01) == pytest.approx(truth)
+
+
+def test_one_cycle_is_torch_s_to_within_a_step():
+    truth = torch_curve(lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=STEPS, final_div_factor=1e9))
+    assert curve(name="one_cycle") == pytest.approx(truth, abs=0.05)
+    assert max(curve(name="one_cycle")) == pytest.approx(1.0, abs=1e-3)
+    assert curve(name="one_cycle")[0] == pytest.approx(1 / 25)
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "step"])
+def test_warm_up_rises_in_equal_steps_and_then_hands_over(name):
+    milestones = (9,) if name == "step" else ()
+    values = curve(name=name, warmup_epochs=1, milestones=milestones)
+    assert values[:12] == pytest.approx([(step + 1) / 12 for step in range(12)])
+    assert values[12] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_constant():
+    assert curve(name="constant") == [1.0] * STEPS
