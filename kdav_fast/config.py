@@ -5,6 +5,7 @@ schema does not know stops at start, with the nearest key it does know.
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -13,18 +14,30 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from kdav_fast.errors import InputError
 
-Triple = tuple[float, float, float]
+# YAML knows neither tuples nor paths: these two are made from lists and strings, all else is as given.
+Lenient = Field(strict=False)
+Triple = Annotated[tuple[float, float, float], Lenient]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
-ExpandedPath = Annotated[Path, AfterValidator(Path.expanduser)]
+ExpandedPath = Annotated[Path, Lenient, AfterValidator(Path.expanduser)]
+Range = Annotated[tuple[Positive, Positive], Lenient]
+
+
+class _YamlLoader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number: YAML 1.1 wants 1.0e-3 and reads the former as text."""
+
+
+_YamlLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 class Section(BaseModel):
     """A part of the config: unknown keys are errors, values cannot change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -41,8 +54,8 @@ class DataConfig(Section):
     """Side of the square that the networks see, in pixels."""
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """Training crop: ImageNet's random area, CIFAR's shift by padding, or the whole image."""
-    crop_area: tuple[Positive, Positive] = (0.08, 1.0)
-    crop_aspect_ratio: tuple[Positive, Positive] = (0.75, 4 / 3)
+    crop_area: Range = (0.08, 1.0)
+    crop_aspect_ratio: Range = (0.75, 4 / 3)
     crop_padding: Count = 4
     """Pixels on each side for `crop: padded`."""
     flip: bool = True
@@ -85,7 +98,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """A network by name: `timm:NAME`, `torchvision:NAME` or `cifar:NAME`."""
 
-    name: str
+    name: str = "cifar:resnet8"
     width: Positive = 1.0
     """Channel multiplier; `cifar:` networks only."""
     checkpoint: ExpandedPath | None = None
@@ -105,6 +118,12 @@ class ModelConfig(Section):
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together; give both or neither")
         return self
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen network that teaches."""
+
+    name: str
 
 
 class NoDistiller(Section):
@@ -170,7 +189,7 @@ class ScheduleConfig(Section):
     name: Literal["constant", "step", "cosine", "one_cycle"] = "cosine"
     warmup_epochs: NonNegative = 0.0
     """Linear rise from 0 before `constant`, `step` and `cosine`."""
-    milestones: tuple[Positive, ...] = ()
+    milestones: Annotated[tuple[Positive, ...], Lenient] = ()
     """Epochs at which `step` multiplies by `gamma`."""
     gamma: Positive = 0.1
     peak: Fraction = 0.3
@@ -237,9 +256,9 @@ class Config(Section):
     run_dir: ExpandedPath = Path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig(name="cifar:resnet8")
+    model: ModelConfig = ModelConfig()
     """The network that is trained: the student when there is a teacher."""
-    teacher: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
     distiller: DistillerConfig = NoDistiller()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -296,7 +315,7 @@ def dump_config(config: Config) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror}; give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -313,7 +332,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not separator or not key:
         raise InputError(f"override '{override}' is not of the form key=value, such as train.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _YamlLoader)
     except yaml.YAMLError:
         raise InputError(f"override '{override}': the value is not valid YAML") from None
     *sections, leaf = key.split(".")
@@ -332,7 +351,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
 _SECTIONS = {
     "data": [DataConfig],
     "model": [ModelConfig],
-    "teacher": [ModelConfig],
+    "teacher": [TeacherConfig],
     "distiller": [NoDistiller, KDConfig, KDAVConfig],
     "optimizer": [OptimizerConfig],
     "schedule": [ScheduleConfig],

@@ -51,7 +51,7 @@ def export_onnx(source: Path, output: Path) -> None:
         str(output),
         input_names=["images"],
         output_names=["logits"],
-        dynamic_shapes={"x": {0: torch.export.Dim("batch")}} if False else None,
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
         dynamo=True,
         external_data=False,
         verbose=False,

@@ -1,6 +1,5 @@
 """Students on disk: safetensors with a card that says what the weights are and how they were made."""
 
-import json
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -55,8 +54,8 @@ def read_card(metadata: dict[str, str]) -> StudentCard | None:
     if _CARD_KEY not in metadata:
         return None
     try:
-        return StudentCard.model_validate(json.loads(metadata[_CARD_KEY]))
-    except (ValueError, ValidationError) as error:
+        return StudentCard.model_validate_json(metadata[_CARD_KEY])
+    except ValidationError as error:
         reason = " ".join(str(error).split())
         raise InputError(
             f"the file's '{_CARD_KEY}' metadata is damaged or of another version: {reason}"

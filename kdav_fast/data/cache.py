@@ -1,6 +1,7 @@
 """Files that the package keeps for itself between runs."""
 
 import os
+import uuid
 from pathlib import Path
 
 
@@ -17,7 +18,7 @@ def write_atomically(path: Path, content: bytes) -> None:
         OSError: the folder or the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         partial.write_bytes(content)
         partial.replace(path)

@@ -1,6 +1,7 @@
 """The plain reference: PIL, torchvision's transforms and a `torch.utils.data.DataLoader`."""
 
 import gc
+import traceback
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -37,11 +38,13 @@ class TorchvisionLoader(EpochLoader):
         for position, batch in enumerate(batches, step):
             try:
                 images, index = next(loaded)
-            except Exception:
+            except Exception as error:
                 # A worker's exception carries its traceback in its text; the user needs the file.
                 defects = decoding_defects(self.folder, batch.tolist())
                 if not defects:
                     raise
+                # Frame and exception refer to each other and would keep the workers alive.
+                traceback.clear_frames(error.__traceback__)
                 raise defects_error(self.folder, defects) from None
             yield self._batch(images, index, position)
 

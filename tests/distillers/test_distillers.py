@@ -114,7 +114,9 @@ def test_kdav_remembers_the_batch_first_then_takes_the_loss_over_the_memory(batc
     )
     assert distiller.memory.filled == 6
     torch.testing.assert_close(losses.total.double(), truth.loss, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(losses.parts["membership_kl"].double(), truth.membership_kl.mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        losses.parts["membership_kl"].double(), truth.membership_kl.mean(), rtol=1e-4, atol=1e-5
+    )
     losses.total.backward()
     assert embedding.grad[:6].isfinite().all()
     assert (embedding.grad[:6] != 0).any()

@@ -58,11 +58,26 @@ def test_a_run_folder_holds_what_the_design_promises(small_config, kdav_sections
         {"distiller": {"name": "kdav", "posterior": "ids", "prototypes": "running", "center": False}},
         {"distiller": {"name": "kdav"}, "train": {"mixup": 0.5, "cutmix": 0.5, "ema_decay": 0.5}},
         {"distiller": {"name": "kd"}, "train": {"label_smoothing": 0.1, "zero_stage": 1, "accumulate": 2}},
-        {"distiller": {"name": "kdav"}, "train": {"zero_stage": 2, "clip_grad_norm": 1.0, "precision": "bf16"}},
-        {"distiller": {"name": "none"}, "data": {"loader": "torchvision"}, "optimizer": {"name": "adamw", "lr": 0.01}},
+        {
+            "distiller": {"name": "kdav"},
+            "train": {"zero_stage": 2, "clip_grad_norm": 1.0, "precision": "bf16"},
+        },
+        {
+            "distiller": {"name": "none"},
+            "data": {"loader": "torchvision"},
+            "optimizer": {"name": "adamw", "lr": 0.01},
+        },
         {"distiller": {"name": "none"}, "model": {"compile": True}, "schedule": {"name": "one_cycle"}},
     ],
-    ids=["kd", "kdav-running-ids", "mixing-ema", "zero1-accumulate", "zero2-bf16", "torchvision-adamw", "compile"],
+    ids=[
+        "kd",
+        "kdav-running-ids",
+        "mixing-ema",
+        "zero1-accumulate",
+        "zero2-bf16",
+        "torchvision-adamw",
+        "compile",
+    ],
 )
 def test_options_train(small_config, kdav_sections, tmp_path, changes):
     teacher = {} if changes["distiller"]["name"] == "none" else {"teacher": kdav_sections["teacher"]}
@@ -142,14 +157,19 @@ def stop_after(monkeypatch, step, number=signal.SIGTERM):
 
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
-def test_stopped_and_continued_equals_never_stopped(small_config, kdav_sections, tmp_path, monkeypatch, loader):
+def test_stopped_and_continued_equals_never_stopped(
+    small_config, kdav_sections, tmp_path, monkeypatch, loader
+):
     changes = {**kdav_sections, "data": {"loader": loader}, "train": {"mixup": 0.4, "ema_decay": 0.9}}
     run_training(small_config(tmp_path / "whole", **changes))
     config = small_config(tmp_path / "stopped", **changes)
     stop_after(monkeypatch, 13)
     assert run_training(config) is None
     assert not (config.run_dir / "student.safetensors").exists()
-    assert [p.name for p in sorted((config.run_dir / "checkpoints").iterdir())] == ["step-00000008", "step-00000013"]
+    assert [p.name for p in sorted((config.run_dir / "checkpoints").iterdir())] == [
+        "step-00000008",
+        "step-00000013",
+    ]
     stop_after(monkeypatch, 1000)
     assert run_training(config) is not None
 

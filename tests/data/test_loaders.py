@@ -1,0 +1,285 @@
+"""The contract of `Loader`, for both implementations."""
+
+from dataclasses import replace
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from kdav_fast.data.dali import DaliLoader
+from kdav_fast.data.folder import ImageFolder
+from kdav_fast.data.preprocessing import CenterCrop, PaddedCrop, RandomResizedCrop
+from kdav_fast.data.torchvision_loader import TorchvisionLoader
+from kdav_fast.errors import InputError
+
+AUGMENTED = {"crop": RandomResizedCrop((0.3, 1.0), (0.75, 4 / 3)), "flip": True, "shuffle": True, "seed": 5}
+
+
+@pytest.fixture
+def noise_split(make_split):
+    """Eleven images of noise, so that no two crops are alike."""
+    return make_split(np.random.default_rng(0).integers(0, 256, (11, 12, 12, 3)))
+
+
+def order_of(batches) -> list[int]:
+    return torch.cat([batch.index[batch.valid] for batch in batches]).tolist()
+
+
+def assert_equal(batches, others):
+    assert len(batches) == len(others)
+    for batch, other in zip(batches, others, strict=True):
+        for field, other_field in zip(batch, other, strict=True):
+            assert torch.equal(field, other_field)
+
+
+def test_batches_have_the_promised_form(make_loader, numbered_split):
+    folder = numbered_split(10)
+    loader = make_loader(folder)
+    assert (loader.steps_per_epoch, loader.images_per_epoch) == (3, 10)
+    batches = list(loader)
+    assert len(batches) == 3
+    for batch in batches:
+        assert batch.images.shape == (4, 3, 8, 8)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.target.dtype == batch.index.dtype == torch.int64
+        assert batch.valid.dtype == torch.bool
+        assert batch.target.shape == batch.index.shape == batch.valid.shape == (4,)
+        # The grey value of image i is i: an index names the pixels and the target it came with.
+        torch.testing.assert_close(batch.images, (batch.index / 255).view(4, 1, 1, 1).expand(4, 3, 8, 8))
+        assert batch.target.tolist() == folder.labels[batch.index].tolist()
+    assert order_of(batches) == list(range(10))
+    assert batches[-1].valid.tolist() == [True, True, False, False]
+
+
+def test_normalisation(loader_class, make_loader, numbered_split):
+    plain = make_loader(numbered_split(4))
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    loader = make_loader(numbered_split(4))
+    loader.preprocessing = replace(loader.preprocessing, mean=mean, std=std)
+    (raw,), (normalised,) = plain, loader
+    expected = (raw.images - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(normalised.images, expected)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("count", "world"), [(7, 1), (8, 2), (7, 2), (10, 3), (13, 3)])
+def test_ranks_together_see_every_image_once(make_loader, numbered_split, count, world, shuffle):
+    folder = numbered_split(count)
+    loaders = [make_loader(folder, rank=rank, world=world, shuffle=shuffle) for rank in range(world)]
+    for _ in range(2):
+        epochs = [list(loader) for loader in loaders]
+        assert {len(batches) for batches in epochs} == {loaders[0].steps_per_epoch}
+        assert sorted(order_of(chain.from_iterable(epochs))) == list(range(count))
+
+
+def test_a_rank_may_end_on_a_batch_of_padding(make_loader, numbered_split):
+    batches = list(make_loader(numbered_split(5), batch_size=2, rank=0, world=2))
+    assert [batch.valid.tolist() for batch in batches] == [[True, True], [False, False]]
+
+
+def test_unshuffled_order_is_the_same_every_epoch(make_loader, numbered_split):
+    loader = make_loader(numbered_split(6))
+    assert order_of(loader) == order_of(loader) == list(range(6))
+
+
+def test_order_depends_on_seed_and_epoch(make_loader, numbered_split):
+    folder = numbered_split(30)
+
+    def epochs(seed):
+        loader = make_loader(folder, shuffle=True, seed=seed)
+        return [order_of(loader) for _ in range(3)]
+
+    first = epochs(0)
+    assert len(set(map(tuple, [*first, *epochs(1), list(range(30))]))) == 7
+    assert epochs(0) == first
+
+
+@pytest.mark.parametrize("loader_class", ["dali"], indirect=True)
+def test_dali_shuffles_the_whole_split_before_the_first_epoch_too(make_loader, make_split):
+    one = make_split([np.zeros((8, 8))])
+    count = 4000  # well above DALI's shuffling buffer of 1024 images
+    folder = ImageFolder(one.root, "train", one.classes, one.paths * count, np.zeros(count, np.int64))
+    loader = make_loader(folder, shuffle=True, batch_size=100)
+    for _ in range(2):
+        order = np.array(order_of(loader))
+        # Places and positions of a random permutation correlate by about 1 / sqrt(4000) = 0.016.
+        assert abs(np.corrcoef(order, np.arange(count))[0, 1]) < 0.08
+        assert (order[:100] > 2000).sum() > 25
+
+
+def test_images_stay_valid_after_later_batches_and_the_loader_are_gone(make_loader, noise_split):
+    loader = make_loader(noise_split, **AUGMENTED)
+    kept, copies = [], []
+    for _ in range(2):
+        for batch in loader:
+            kept.append(batch)
+            copies.append(type(batch)(*(field.clone() for field in batch)))
+    del loader, batch
+    assert_equal(kept, copies)
+
+
+@pytest.mark.parametrize("taken_after", [0, 1, 2, 3, 4, 7])
+def test_restore_is_exact(make_loader, noise_split, through_json, taken_after):
+    """Three steps an epoch: at the start, in the middle, at the end of the first and in later epochs."""
+    loader = make_loader(noise_split, **AUGMENTED)
+
+    def steps(loader, count):
+        while count > 0:
+            for batch in loader:
+                yield batch
+                count -= 1
+                if count == 0:
+                    return
+
+    list(steps(loader, taken_after))
+    state = through_json(loader.state_dict())
+    restored = make_loader(noise_split, **AUGMENTED)
+    restored.load_state_dict(state)
+    assert through_json(restored.state_dict()) == state
+    assert_equal(list(restored), list(loader))
+    assert_equal(list(restored), list(loader))
+
+
+def test_a_used_loader_can_go_back(make_loader, noise_split, through_json):
+    loader = make_loader(noise_split, **AUGMENTED)
+    state = through_json(loader.state_dict())
+    first = list(loader)
+    loader.load_state_dict(state)
+    assert_equal(list(loader), first)
+
+
+def test_a_state_taken_inside_the_loop_counts_the_batch_in_use(make_loader, noise_split):
+    loader = make_loader(noise_split, **AUGMENTED)
+    states = [loader.state_dict() for _ in loader]
+    assert [(state["epoch"], state["step"]) for state in states] == [(0, 1), (0, 2), (1, 0)]
+
+
+def test_an_abandoned_epoch_goes_on_where_it_was_left(make_loader, noise_split):
+    loader, reference = (make_loader(noise_split, **AUGMENTED) for _ in range(2))
+    first = next(iter(loader))
+    assert_equal([first, *loader], list(reference))
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("images", {"count": 8}),
+        ("digest", {"rename": True}),
+        ("split", {"split": "val"}),
+        ("batch_size", {"batch_size": 2}),
+        ("world", {"world": 2}),
+        ("rank", {"world": 2, "rank": 1}),
+        ("seed", {"seed": 1}),
+        ("preprocessing", {"flip": True}),
+        ("loader", {"other_loader": True}),
+    ],
+)
+def test_a_state_of_something_else_is_refused(loader_class, make_loader, numbered_split, key, change):
+    options = dict(change)
+    folder = numbered_split(options.pop("count", 9), options.pop("split", "train"))
+    if options.pop("rename", False):
+        folder = replace(folder, labels=folder.labels[::-1].copy())
+    if options.pop("other_loader", False):
+        options["loader_class"] = TorchvisionLoader if loader_class is DaliLoader else DaliLoader
+    saved_options = {"world": 2} if key == "rank" else {}
+    state = make_loader(numbered_split(9), **saved_options).state_dict()
+    loader = make_loader(folder, **options)
+    with pytest.raises(
+        InputError, match=rf"saved position in the \w+ images is of {key} .*resume with"
+    ) as error:
+        loader.load_state_dict(state)
+    assert "\n" not in str(error.value)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["step"]) == (0, 0)
+
+
+@pytest.mark.parametrize("damage", ["empty", "text", "truncated PNG", "truncated JPEG", "missing"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_a_corrupt_image_is_named(make_loader, make_split, shuffle, damage):
+    folder = make_split(
+        np.random.default_rng(0).integers(0, 256, (9, 16, 16, 3)), suffix="jpg" if "JPEG" in damage else "png"
+    )
+    victim = folder.root / folder.paths[6]
+    content = victim.read_bytes()
+    if damage == "missing":
+        victim.unlink()
+    else:
+        victim.write_bytes({"empty": b"", "text": b"hello"}.get(damage, content[: len(content) // 2]))
+    loader = make_loader(folder, batch_size=2, shuffle=shuffle, crop=RandomResizedCrop((0.5, 1), (1, 1)))
+    seen = []
+    with pytest.raises(
+        InputError, match=r"1 of 9 images in .* cannot be decoded: train/0006\.\w+ \("
+    ) as error:
+        seen += loader
+    assert "\n" not in str(error.value)
+    del error  # it refers to this frame, which would keep the loader's workers until a garbage collection
+    # Once it is repaired, the same loader goes on.
+    victim.write_bytes(content)
+    seen += loader
+    assert sorted(order_of(seen)) == list(range(9))
+
+
+def test_nothing_is_opened_before_the_first_batch(make_loader, tmp_path):
+    paths = ("train/missing.png",) * 3
+    loader = make_loader(ImageFolder(tmp_path, "train", ("a",), paths, np.zeros(3, np.int64)))
+    assert loader.state_dict()["step"] == 0
+
+
+def test_fewer_images_than_ranks_are_refused(make_loader, numbered_split):
+    with pytest.raises(InputError, match="2 images cannot be shared by 3 ranks"):
+        make_loader(numbered_split(2), world=3)
+
+
+def test_ranks_augment_differently(make_loader, make_split):
+    """Both ranks' shards hold copies of one image."""
+    folder = make_split(np.tile(np.random.default_rng(0).integers(0, 256, (12, 12, 3)), (4, 1, 1, 1)))
+    one, other = (
+        next(iter(make_loader(folder, batch_size=2, rank=rank, world=2, **AUGMENTED))) for rank in (0, 1)
+    )
+    assert not torch.equal(one.images, other.images)
+    assert not torch.equal(one.images[0], one.images[1])
+
+
+@pytest.mark.parametrize("loader_class", ["torchvision"], indirect=True)
+def test_torchvision_augments_alike_with_any_number_of_workers(make_loader, noise_split):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert_equal(
+        list(make_loader(noise_split, workers=1, **AUGMENTED)),
+        list(make_loader(noise_split, workers=2, **AUGMENTED)),
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("loader_class", ["dali"], indirect=True)
+def test_dali_says_so_when_a_checkpoint_does_not_fit(make_loader, numbered_split):
+    saved = make_loader(numbered_split(4), crop=PaddedCrop(1))
+    next(iter(saved))
+    state = saved.state_dict()
+    loader = make_loader(numbered_split(4), crop=CenterCrop(8))
+    state["preprocessing"] = loader.state_dict()["preprocessing"]
+    loader.load_state_dict(state)
+    with pytest.raises(InputError, match="does not fit this DALI pipeline; resume with the DALI version"):
+        list(loader)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("decode", ["cpu", "gpu"])
+@pytest.mark.parametrize(
+    "crop", [RandomResizedCrop((0.3, 1.0), (0.75, 4 / 3)), PaddedCrop(4), CenterCrop(40)]
+)
+def test_batches_reach_the_gpu(loader_class, make_loader, make_split, decode, crop):
+    coarse = torch.rand(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    pixels = torch.nn.functional.interpolate(coarse, (48, 64), mode="bicubic").clamp(0, 1) * 255
+    folder = make_split(pixels.permute(0, 2, 3, 1).numpy(), suffix="jpg")
+    options = {"decode": decode} if loader_class is DaliLoader else {}
+    here = list(make_loader(folder, size=32, crop=crop))
+    there = list(make_loader(folder, size=32, crop=crop, device=torch.device("cuda"), **options))
+    for batch, reference in zip(there, here, strict=True):
+        assert all(field.is_cuda for field in batch)
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(batch.index.cpu(), reference.index)
+        if isinstance(crop, CenterCrop):
+            torch.testing.assert_close(batch.images.cpu(), reference.images, rtol=0, atol=4 / 255)

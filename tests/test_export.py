@@ -1,0 +1,140 @@
+"""The deployed student against the trained one, in the stock architectures, by torch and by onnxruntime."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdav_fast.config import DataConfig
+from kdav_fast.errors import InputError
+from kdav_fast.export import export_onnx, export_safetensors
+from kdav_fast.head import EmbeddingHead
+from kdav_fast.models import build_classifier, build_stock
+from kdav_fast.student import Student
+from kdav_fast.student_file import StudentCard, read_student, write_student
+
+CLASSES = tuple("abcdefg")
+
+
+def make_student(name, width=1.0):
+    """A student in a trained state: moved statistics, observed prototypes."""
+    torch.manual_seed(0)
+    network = build_classifier(name, len(CLASSES), width=width)
+    head = EmbeddingHead(network.feature_width, 11, len(CLASSES))
+    student = Student(network, head)
+    head.observe(torch.randn(50, 11) + 1, torch.arange(50) % len(CLASSES))
+    head.set_center()
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d):
+            with torch.no_grad():
+                module.running_mean.normal_(0, 0.1)
+                module.running_var.uniform_(0.5, 2)
+                module.weight.uniform_(0.5, 1.5)
+    return student.eval()
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Writes a student as a run would; returns the file."""
+
+    def write(name, width=1.0, image_size=32):
+        card = StudentCard(
+            name=name,
+            width=width,
+            classes=CLASSES,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.25, 0.25, 0.25),
+            embedding_width=11,
+            data=DataConfig(image_size=image_size),
+            distiller="kdav",
+            step=1,
+            epoch=1.0,
+        )
+        path = tmp_path / "student.safetensors"
+        write_student(path, make_student(name, width).weights(), card)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "size"),
+    [
+        ("cifar:resnet8", 0.5, 32),
+        ("cifar:vgg8", 0.25, 32),
+        ("torchvision:mobilenet_v2", 1.0, 64),
+        ("timm:resnet10t", 1.0, 64),
+        ("timm:vit_tiny_patch16_224", 1.0, 224),
+    ],
+)
+def test_the_stock_architecture_loads_it_strictly_and_answers_the_same(saved, tmp_path, name, width, size):
+    source, output = saved(name, width, size), tmp_path / "out" / "student.safetensors"
+    assert export_safetensors(source, output) < 1e-4
+    stock = build_stock(name, len(CLASSES), width=width).eval()
+    stock.load_state_dict(load_file(output), strict=True)
+    images = torch.randn(3, 3, size, size)
+    with torch.no_grad():
+        trained = make_student(name, width)(images)
+        deployed = stock(images)
+    scale = trained.logits.abs().max()
+    torch.testing.assert_close(deployed / scale, trained.logits / scale, rtol=0, atol=1e-4)
+    cosine = (
+        torch.nn.functional.normalize(trained.embedding, dim=1)
+        @ make_student(name, width).head.prototypes().T.float()
+    )
+    assert torch.equal(deployed.argmax(1), cosine.argmax(1))
+
+
+def test_an_exported_file_carries_its_card(saved, tmp_path):
+    output = tmp_path / "out.safetensors"
+    export_safetensors(saved("cifar:resnet8", 0.5), output)
+    student, card = read_student(output)
+    assert student.head is None
+    assert (card.classes, card.mean, card.embedding_width) == (CLASSES, (0.5, 0.5, 0.5), None)
+
+
+def test_onnx_answers_the_same_for_any_batch_size(saved, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    output = tmp_path / "student.onnx"
+    export_onnx(saved("cifar:resnet8", 0.5), output)
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    student = make_student("cifar:resnet8", 0.5)
+    for batch in (1, 5):
+        images = torch.randn(batch, 3, 32, 32)
+        (logits,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.no_grad():
+            np.testing.assert_allclose(logits, student(images).logits.numpy(), rtol=1e-3, atol=1e-4)
+
+
+def test_missing_export_libraries_are_named(saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"needs the package onnxscript; .*kdav_fast\[onnx\]"):
+        export_onnx(saved("cifar:resnet8", 0.5), tmp_path / "student.onnx")
+
+
+def test_a_file_without_a_card_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "foreign.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="carries no 'kdav_fast' metadata"):
+        read_student(path)
+
+
+def test_a_head_that_does_not_fit_is_named(saved):
+    from kdav_fast.models import load_weights
+    from kdav_fast.student_file import read_card
+
+    path = saved("cifar:resnet8", 0.5)
+    weights, metadata = load_weights(path)
+    card = read_card(metadata)
+    write_student(path, weights, card.model_copy(update={"embedding_width": 12}))
+    with pytest.raises(InputError, match="the embedding head does not fit: .*projector.weight"):
+        read_student(path)
+
+
+def test_a_classifier_without_bias_takes_no_head():
+    network = build_classifier("cifar:resnet8", 3)
+    network.classifier.bias = None
+    with pytest.raises(InputError, match="without bias"):
+        Student(network, EmbeddingHead(network.feature_width, 4, 3))

@@ -1,0 +1,122 @@
+"""The real launcher: two processes on this machine, `deepspeed --num_accelerators 2 launch/distill.py`."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from kdav_fast.config import dump_config
+from kdav_fast.data import build_loaders, open_images
+from kdav_fast.metrics_log import read_metrics
+from kdav_fast.models import IMAGENET
+from kdav_fast.student_file import read_student
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+
+
+def launch(config, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
+    """Run a config under the deepspeed launcher with one thread a process."""
+    file = config.run_dir.parent / f"{config.run_dir.name}.yaml"
+    file.write_text(dump_config(config))
+    launcher = Path(sys.executable).parent / "deepspeed"
+    command = [
+        str(launcher),
+        "--num_accelerators",
+        str(processes),
+        "--master_port",
+        str(29500 + os.getpid() % 1000),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    environment["PATH"] = f"{launcher.parent}{os.pathsep}{os.environ['PATH']}"  # it starts `python` by name
+    return subprocess.run(
+        [*command, "launch/distill.py", str(file), *overrides],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def two_process_run(small_config, teacher_run, tmp_path_factory):
+    config = small_config(
+        tmp_path_factory.mktemp("launcher") / "run",
+        teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
+        distiller={"name": "kdav", "memory_length": 500, "center": True},
+        data={"train_subset": 150},
+        train={"epochs": 2, "log_every": 1, "seed": 5},
+    )
+    result = launch(config)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return config, result
+
+
+def rank_loaders(config, rank, world=2):
+    data = config.data
+    return build_loaders(
+        data,
+        open_images(data, config.train.seed),
+        batch_size=config.train.batch_size // world,
+        eval_batch_size=64,
+        device=CPU,
+        rank=rank,
+        world=world,
+        local_world=world,
+        seed=config.train.seed,
+        normalization=IMAGENET,
+    )
+
+
+def test_the_memory_holds_both_ranks_rows_in_rank_order(two_process_run, teacher_run):
+    config, _ = two_process_run
+    state = load_file(sorted((config.run_dir / "checkpoints").iterdir())[-1] / "distiller.safetensors")
+    student, _ = read_student(config.run_dir)
+    teacher, _ = read_student(teacher_run)
+    loaders = [rank_loaders(config, rank).train for rank in range(2)]
+    expected = []
+    with torch.no_grad():
+        for _ in range(2):
+            for pair in zip(*loaders, strict=True):
+                for batch in pair:
+                    features = teacher(batch.images).features[batch.valid] - student.head.center
+                    expected.append(F.normalize(features, dim=1))
+    expected = torch.cat(expected)
+    assert len(expected) == 300  # two epochs of 150 images, padding left out
+    assert state["memory.filled"] == state["memory.cursor"] == 300
+    torch.testing.assert_close(state["memory._embedding"][:300], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_centre_is_the_mean_over_both_ranks(two_process_run, teacher_run):
+    config, _ = two_process_run
+    student, _ = read_student(config.run_dir)
+    teacher, _ = read_student(teacher_run)
+    with torch.no_grad():
+        features = [teacher(b.images).features[b.valid] for b in rank_loaders(config, 0, world=1).measure]
+    torch.testing.assert_close(student.head.center, torch.cat(features).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_one_process_writes_and_evaluates_all_images(two_process_run):
+    config, result = two_process_run
+    lines = read_metrics(config.run_dir)
+    steps = [line["step"] for line in lines if "train/loss" in line]
+    assert steps == list(range(1, 11))  # 5 steps an epoch: 75 images a rank in batches of 16
+    evaluations = [line for line in lines if "val/top1" in line]
+    assert [line["val/images"] for line in evaluations] == [900, 900]
+    assert result.stdout.count("top-1") == 1
+
+
+def test_bad_input_is_one_line_and_exit_code_2_on_two_processes(small_config, tmp_path):
+    result = launch(small_config(tmp_path / "run"), "train.batch_size=33")
+    assert result.returncode == 2, result.stdout + result.stderr
+    errors = [line for line in (result.stdout + result.stderr).splitlines() if "kdav: error" in line]
+    assert errors == [
+        "kdav: error: train.batch_size is 33; with 2 processes and train.accumulate=1 it must be a multiple of 2"
+    ]
