@@ -259,6 +259,7 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     """The network that is trained: the student when there is a teacher."""
     teacher: TeacherConfig | None = None
+    """Not used by `distiller.name=none`, so that one file serves labels only as well."""
     distiller: DistillerConfig = NoDistiller()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -269,6 +270,10 @@ class Config(Section):
         if self.distiller.name != "none" and self.teacher is None:
             raise ValueError(
                 f"distiller.name is '{self.distiller.name}' but there is no teacher; set teacher.name"
+            )
+        if self.train.label_smoothing > 0 and self.distiller.name == "kdav":
+            raise ValueError(
+                "train.label_smoothing does not go with distiller.name 'kdav', which uses no labels"
             )
         mixing = self.train.mixup > 0 or self.train.cutmix > 0
         if mixing and isinstance(self.distiller, KDAVConfig) and self.distiller.prototypes == "running":

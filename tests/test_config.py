@@ -66,6 +66,7 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             [*TEACHER, "distiller.name=kdav", "distiller.prototypes=running", "train.mixup=0.2"],
             "prototypes=measured",
         ),
+        ([*TEACHER, "distiller.name=kdav", "train.label_smoothing=0.1"], "which uses no labels"),
         (["data.name=folder"], "data.root is needed"),
         (["data.crop_area=[0.9,0.1]"], "data.crop_area is [0.9, 0.1]; the first must not exceed the second"),
         (["data.crop_area=[0.9,1.1]"], "at most 1"),

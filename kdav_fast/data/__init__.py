@@ -1,6 +1,7 @@
 """From image files to the batches of one rank."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,9 @@ class DataSets:
     """Shuffled and augmented."""
     evaluation: Loader
     """`val/` or `test/`, in order."""
-    measure: Loader
-    """The training images as the evaluation sees them, in order: to measure statistics in one pass."""
+    measure: Callable[[], Loader]
+    """Makes a loader of the training images as the evaluation sees them, in order: to measure statistics in
+    one pass, after which its buffers are not held."""
     classes: tuple[str, ...]
     """Class names; a target is a position in it."""
 
@@ -116,7 +118,7 @@ def build_loaders(
     return DataSets(
         train=loader(images.train, train_view, batch_size=batch_size, shuffle=True),
         evaluation=loader(images.evaluation, evaluation_view, batch_size=eval_batch_size, shuffle=False),
-        measure=loader(images.train, evaluation_view, batch_size=eval_batch_size, shuffle=False),
+        measure=partial(loader, images.train, evaluation_view, batch_size=eval_batch_size, shuffle=False),
         classes=images.train.classes,
     )
 

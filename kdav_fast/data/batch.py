@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """B images of one rank. Every batch of a loader has the same B: the last one is padded."""
+    """B images of one rank. Every batch of a loader has the same B; rows that only fill it up are not valid."""
 
     images: Tensor
     """B x 3 x S x S, float32, channels_last, normalised by the loader's mean and std."""
     target: Tensor
     """B class ids, int64."""
     valid: Tensor
-    """B booleans: False marks padding, which must enter no metric and no memory."""
+    """B booleans: False marks padding, which must enter no metric and no memory. All may be False."""
     index: Tensor
     """B int64: which image of the split this is (a position in `ImageFolder.paths`)."""
 
@@ -32,7 +32,7 @@ class Loader(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Position, order and random state as JSON values; exact in the middle of an epoch."""
+        """Position, order and random state of this rank as JSON values; exact in the middle of an epoch."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -41,10 +41,10 @@ class DaliLoader(EpochLoader):
 
     def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[Batch]:
         if self._pipeline is None:
-            self._pipeline = self._build(self.folder.root, self.folder.paths, self._checkpoint)
+            self._pipeline = self._build(self.folder.root, self._paths(), self._checkpoint)
         for position in range(step, self.steps_per_epoch):
             try:
-                images, index = self._run(self._pipeline)
+                images, place = self._run(self._pipeline)
             except RuntimeError:
                 # A pipeline that failed is lost; a new one can go on from here once the files are repaired.
                 self._checkpoint = self._pipeline.checkpoint()
@@ -53,7 +53,7 @@ class DaliLoader(EpochLoader):
                 if not defects:
                     raise
                 raise defects_error(self.folder, defects) from None
-            yield self._batch(images.permute(0, 3, 1, 2), index, position)
+            yield self._batch(images.permute(0, 3, 1, 2), place, position)
 
     def state_dict(self) -> dict[str, Any]:
         checkpoint = self._pipeline.checkpoint() if self._pipeline else self._checkpoint
@@ -67,16 +67,20 @@ class DaliLoader(EpochLoader):
         self._checkpoint = state["pipeline"] and base64.b64decode(state["pipeline"])
         self._pipeline = None  # a pipeline takes a checkpoint only when it is built
 
+    def _paths(self) -> list[str]:
+        """The path at every place of the order."""
+        return [self.folder.paths[image] for image in self._image_at]
+
     def _run(self, pipeline: Pipeline) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next images (B x S x S x 3) and their positions (B, int64, CPU).
+        """The next images (B x S x S x 3) and their places in the order (B, int64, CPU).
 
         DALI's dynamic executor gives every batch memory of its own, which lives as long as the tensor.
         """
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
-        images, index = (torch.from_dlpack(output.as_tensor()) for output in pipeline.run(stream))
-        return images, index.flatten().long()
+        images, place = (torch.from_dlpack(output.as_tensor()) for output in pipeline.run(stream))
+        return images, place.flatten().long()
 
-    def _build(self, root: Path, paths: tuple[str, ...], checkpoint: bytes | None) -> Pipeline:
+    def _build(self, root: Path, paths: list[str], checkpoint: bytes | None) -> Pipeline:
         shard = self.shard
         gpu = None
         if self.device.type == "cuda":
@@ -97,10 +101,10 @@ class DaliLoader(EpochLoader):
             checkpoint=checkpoint,
         )
         with pipeline:
-            encoded, index = fn.readers.file(
+            encoded, place = fn.readers.file(
                 name="reader",
                 file_root=str(root),
-                files=list(paths),
+                files=paths,
                 labels=list(range(len(paths))),
                 **order,
                 num_shards=shard.world,
@@ -110,7 +114,7 @@ class DaliLoader(EpochLoader):
             )
             pixels = _crop(encoded, self.preprocessing, "mixed" if self._decode == "gpu" else "cpu")
             images = _normalize(pixels if gpu is None else pixels.gpu(), self.preprocessing)
-            pipeline.set_outputs(images, index)
+            pipeline.set_outputs(images, place)
         try:
             pipeline.build()
         except RuntimeError as error:
@@ -132,10 +136,10 @@ class DaliLoader(EpochLoader):
             sound = io.BytesIO()
             Image.new("RGB", (8, 8)).save(sound, "PNG")
             Path(folder, "sound.png").write_bytes(sound.getvalue())
-            pipeline = self._build(Path(folder), ("sound.png",) * len(self.folder), checkpoint)
+            pipeline = self._build(Path(folder), ["sound.png"] * len(self._image_at), checkpoint)
             for _ in range(_READ_AHEAD):
-                _, index = self._run(pipeline)
-                if defects := decoding_defects(self.folder, index.tolist()):
+                _, place = self._run(pipeline)
+                if defects := decoding_defects(self.folder, self._image_at[place.numpy()].tolist()):
                     return defects
         return []
 

@@ -2,8 +2,10 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from kdav_fast.data.batch import Batch
@@ -56,11 +58,26 @@ class EpochLoader(ABC):
         self.shuffle = shuffle
         self.seed = seed
         self.shard = Shard(len(folder), batch_size, rank, world)
+        self._image_at = np.arange(len(folder))
+        if shuffle:
+            self._fill_up(batch_size * world)
         self.steps_per_epoch = self.shard.steps
         self.images_per_epoch = len(folder)
         self._labels = torch.from_numpy(folder.labels)
         self._epoch = 0
         self._step = 0
+
+    def _fill_up(self, step_size: int) -> None:
+        """Give the order as many places as whole steps need; the added ones repeat images from all over.
+
+        They are shuffled in among the others and are not valid. Were the last batch padded with copies of one
+        image instead, BatchNorm would take its statistics from that one.
+        """
+        images = len(self.folder)
+        places = -(-images // step_size) * step_size
+        repeated = np.arange(places - images) * images // max(1, places - images)
+        self._image_at = np.concatenate([self._image_at, repeated])
+        self.shard = replace(self.shard, images=places)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then stand at the start of the next one.
@@ -114,9 +131,11 @@ class EpochLoader(ABC):
             "preprocessing": repr(self.preprocessing),
         }
 
-    def _batch(self, images: torch.Tensor, index: torch.Tensor, step: int) -> Batch:
-        """Complete a batch from its images and their positions (on the CPU) and deliver it."""
-        fields = (images, self._labels[index], torch.from_numpy(self.shard.valid(step)), index)
+    def _batch(self, images: torch.Tensor, place: torch.Tensor, step: int) -> Batch:
+        """Complete a batch from its images and their places in the order (on the CPU) and deliver it."""
+        index = torch.from_numpy(self._image_at)[place]
+        valid = torch.from_numpy(self.shard.valid(step)) & (place < len(self.folder))
+        fields = (images, self._labels[index], valid, index)
         if self.device.type == "cuda":
             fields = (
                 field if field.is_cuda else field.pin_memory().to(self.device, non_blocking=True)

@@ -20,7 +20,7 @@ from kdav_fast.data.preprocessing import CenterCrop, PaddedCrop, Preprocessing, 
 class TorchvisionLoader(EpochLoader):
     """Decodes in worker processes, for clarity and not for speed.
 
-    The order follows from (seed, epoch) and an image's augmentation from (seed, epoch, image), so epoch and
+    The order follows from (seed, epoch) and an image's augmentation from (seed, epoch, place), so epoch and
     step are the whole state and the number of workers changes nothing. See `EpochLoader` for arguments.
     """
 
@@ -32,25 +32,25 @@ class TorchvisionLoader(EpochLoader):
             self._loader = self._build()
         batches = self._batches(epoch)[step:]
         self._loader.batch_sampler.batches = [
-            [(epoch, image) for image in batch] for batch in batches.tolist()
+            [(epoch, place) for place in batch] for batch in batches.tolist()
         ]
         loaded = iter(self._loader)
         for position, batch in enumerate(batches, step):
             try:
-                images, index = next(loaded)
+                images, place = next(loaded)
             except Exception as error:
                 # A worker's exception carries its traceback in its text; the user needs the file.
-                defects = decoding_defects(self.folder, batch.tolist())
+                defects = decoding_defects(self.folder, self._image_at[batch].tolist())
                 if not defects:
                     raise
                 # Frame and exception refer to each other and would keep the workers alive.
                 traceback.clear_frames(error.__traceback__)
                 raise defects_error(self.folder, defects) from None
-            yield self._batch(images, index, position)
+            yield self._batch(images, place, position)
 
     def _batches(self, epoch: int) -> np.ndarray:
-        """steps x B positions in `folder.paths`."""
-        order = np.arange(len(self.folder))
+        """steps x B places in the order."""
+        order = np.arange(len(self._image_at))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
         return self.shard.batches(order)
@@ -60,7 +60,7 @@ class TorchvisionLoader(EpochLoader):
         # discarded DALI pipeline does: they run in the parent only.
         gc.collect()
         return DataLoader(
-            _Images(self.folder, self.preprocessing, self.seed),
+            _Images(self.folder, self._image_at, self.preprocessing, self.seed),
             batch_sampler=_Batches(),
             collate_fn=_collate,
             num_workers=self.workers,
@@ -71,7 +71,7 @@ class TorchvisionLoader(EpochLoader):
 
 
 class _Batches:
-    """Batch sampler: (epoch, position) pairs, set before every epoch.
+    """Batch sampler: (epoch, place) pairs, set before every epoch.
 
     It does not refer to the loader: in a reference cycle, the workers would outlive it.
     """
@@ -83,19 +83,22 @@ class _Batches:
 
 
 class _Images(Dataset):
-    def __init__(self, folder: ImageFolder, preprocessing: Preprocessing, seed: int) -> None:
+    def __init__(
+        self, folder: ImageFolder, image_at: np.ndarray, preprocessing: Preprocessing, seed: int
+    ) -> None:
         self._folder = folder
+        self._image_at = image_at
         self._transform = _transform(preprocessing)
         self._seed = seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        epoch, position = key
+        epoch, place = key
         # torchvision draws from the worker's default generator. (`torch.manual_seed` would also queue a
         # seed for every CUDA device, each time.)
-        seed = np.random.SeedSequence((self._seed, epoch, position)).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence((self._seed, epoch, place)).generate_state(1, np.uint64)[0]
         torch.default_generator.manual_seed(int(seed))
-        with Image.open(self._folder.root / self._folder.paths[position]) as image:
-            return self._transform(image.convert("RGB")), position
+        with Image.open(self._folder.root / self._folder.paths[self._image_at[place]]) as image:
+            return self._transform(image.convert("RGB")), place
 
 
 def _transform(preprocessing: Preprocessing) -> v2.Compose:
@@ -119,5 +122,5 @@ def _transform(preprocessing: Preprocessing) -> v2.Compose:
 
 
 def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, positions = zip(*samples, strict=True)
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(positions)
+    images, places = zip(*samples, strict=True)
+    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(places)

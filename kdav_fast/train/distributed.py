@@ -1,5 +1,6 @@
 """The processes of a run: who they are, what each does for all, and how an error on one reaches all."""
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ import torch.distributed as dist
 from kdav_fast.errors import InputError
 
 T = TypeVar("T")
-TIMEOUT = timedelta(minutes=10)
+# Long enough for rank 0 to scan a large data set on a slow file system while the others wait.
+TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -90,5 +92,7 @@ def start_cluster(device: str) -> Cluster:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
             dist.init_process_group(backend, timeout=TIMEOUT)
+            # Otherwise gloo's threads may abort the interpreter's exit and spoil the exit code.
+            atexit.register(dist.destroy_process_group)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
     return Cluster(rank, world, local_rank, local_world, place, control)

@@ -43,13 +43,15 @@ def run_training(config: Config) -> Accuracy | None:
     step = restore_checkpoint(parts)
     if step == 0 and parts.distiller.needs_measuring:
         measure_teacher(parts)
-    if not train(parts, step):
-        return None
-    return finish(parts)
+    accuracy = train(parts, step)
+    if accuracy is not None and cluster.is_first:
+        write_results(parts)
+    cluster.barrier()
+    return accuracy
 
 
-def train(parts: Parts, step: int) -> bool:
-    """Take the optimizer steps from `step` on; whether the run is now complete."""
+def train(parts: Parts, step: int) -> Accuracy | None:
+    """Take the optimizer steps from `step` on; returns the final accuracy, None if a signal came first."""
     config, cluster, engine = parts.config.train, parts.cluster, parts.engine
     batches = _endless(parts.loaders.train)
     meter = TrainMeter(cluster)
@@ -65,9 +67,10 @@ def train(parts: Parts, step: int) -> bool:
 
         def record(values: dict[str, float]) -> None:
             if log is not None:
-                log.write(step, {"epoch": round(step / parts.steps_per_epoch, 4), **values})
+                log.write(step, {"epoch": parts.epoch(step), **values})
                 progress.show(step, values)
 
+        accuracy = None
         parts.student.train()
         while step < parts.steps:
             step += 1
@@ -89,29 +92,28 @@ def train(parts: Parts, step: int) -> bool:
             if step % config.log_every == 0 or step == parts.steps:
                 record({**meter.read(), "lr": lr})
             evaluating = _due(step, config.evaluate_every, parts) or step == parts.steps
-            stopping = stop.agreed()
+            stopping = stop.agreed() and step < parts.steps
             saving = stopping or _due(step, config.save_every, parts)
             if evaluating or saving:
-                for network in {parts.student, parts.evaluated_student}:
-                    average_buffers(network, cluster.world)
+                average_over_ranks(parts)
             if evaluating:
-                record(
-                    evaluate(parts.evaluated_student, parts.loaders.evaluation, cluster, parts.dtype).logged()
-                )
+                accuracy = evaluate_student(parts)
+                record(accuracy.logged())
             if saving:
                 save_checkpoint(parts, step)
-            if stopping and step < parts.steps:
+            if stopping:
                 progress.say(f"stopped at step {step}/{parts.steps}, state saved; the same command continues")
-                return False
+                return None
             if evaluating or saving:
                 meter.restart_clock()
-    return True
+    # A run that was killed after its last checkpoint takes no more steps, hence has no accuracy yet.
+    return accuracy or evaluate_student(parts)
 
 
 @torch.no_grad()
 def measure_teacher(parts: Parts) -> None:
     """One pass of the teacher over the training images for what the distiller measures before training."""
-    loader, cluster = parts.loaders.measure, parts.cluster
+    loader, cluster = parts.loaders.measure(), parts.cluster
     for batch in tqdm(
         loader, "measure teacher", loader.steps_per_epoch, disable=None if cluster.is_first else True
     ):
@@ -120,14 +122,21 @@ def measure_teacher(parts: Parts) -> None:
     parts.distiller.finish_measuring()
 
 
-def finish(parts: Parts) -> Accuracy:
-    """Write the student and the report; returns the accuracy of the written file's weights."""
-    accuracy = evaluate(parts.evaluated_student, parts.loaders.evaluation, parts.cluster, parts.dtype)
-    if parts.cluster.is_first:
-        write_student(parts.run_dir / FILE_NAME, parts.evaluated_student.weights(), parts.card(parts.steps))
-        write_report({parts.run_dir.name: parts.run_dir}, parts.run_dir / "report", title=str(parts.run_dir))
-    parts.cluster.barrier()
-    return accuracy
+def write_results(parts: Parts) -> None:
+    """The student and the report of a complete run."""
+    write_student(parts.run_dir / FILE_NAME, parts.evaluated_student.weights(), parts.card(parts.steps))
+    write_report({parts.run_dir.name: parts.run_dir}, parts.run_dir / "report", title=str(parts.run_dir))
+
+
+def evaluate_student(parts: Parts) -> Accuracy:
+    """Accuracy of the student, or of its average, at this moment."""
+    return evaluate(parts.evaluated_student, parts.loaders.evaluation, parts.cluster, parts.dtype)
+
+
+def average_over_ranks(parts: Parts) -> None:
+    """Before evaluating or saving: the same BatchNorm statistics on every rank."""
+    for network in {parts.student, parts.evaluated_student}:
+        average_buffers(network, parts.cluster.world)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:

@@ -54,6 +54,10 @@ class Parts:
         """Whose accuracy counts: the average where there is one."""
         return self.student if self.average is None else self.average.module
 
+    def epoch(self, step: int) -> float:
+        """Epochs done after a step, as it is logged."""
+        return round(step / self.steps_per_epoch, 4)
+
     def card(self, step: int) -> StudentCard:
         """What a file of the student's weights says about itself."""
         head = self.student.head
@@ -67,7 +71,7 @@ class Parts:
             data=self.config.data,
             distiller=self.config.distiller.name,
             step=step,
-            epoch=step / self.steps_per_epoch,
+            epoch=self.epoch(step),
         )
 
 

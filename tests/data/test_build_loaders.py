@@ -33,7 +33,7 @@ def build(device=CPU, local_world=1, rank=0, world=1, **config):
 def test_digits_end_to_end(loader):
     sets = build(loader=loader, workers=1)
     assert sets.classes == tuple("0123456789")
-    train, evaluation, measure = (list(part) for part in (sets.train, sets.evaluation, sets.measure))
+    train, evaluation, measure = (list(part) for part in (sets.train, sets.evaluation, sets.measure()))
     assert (len(train), len(evaluation), len(measure)) == (15, 9, 9)
     for batches, images in ((train, sets.train.folder), (evaluation, sets.evaluation.folder)):
         index = torch.cat([batch.index[batch.valid] for batch in batches])
@@ -47,7 +47,7 @@ def test_digits_end_to_end(loader):
 
 def test_subset_and_own_root(tmp_path):
     sets = build(loader="torchvision", root=tmp_path / "digits", train_subset=100)
-    assert sets.train.images_per_epoch == sets.measure.images_per_epoch == 100
+    assert sets.train.images_per_epoch == sets.measure().images_per_epoch == 100
     assert sets.evaluation.images_per_epoch == 900
     assert sets.train.folder.root == tmp_path / "digits"
 

@@ -74,6 +74,26 @@ def test_ranks_together_see_every_image_once(make_loader, numbered_split, count,
         assert sorted(order_of(chain.from_iterable(epochs))) == list(range(count))
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_fills_up_with_other_images_anywhere(make_loader, numbered_split, world):
+    """21 images in steps of 16: 11 rows too many, all different images and not all in the last step."""
+    loaders = [
+        make_loader(numbered_split(21), batch_size=16 // world, rank=rank, world=world, shuffle=True)
+        for rank in range(world)
+    ]
+    repeated_in = set()
+    for _ in range(4):
+        epochs = [list(loader) for loader in loaders]
+        repeated = [int(i) for batches in epochs for batch in batches for i in batch.index[~batch.valid]]
+        assert len(repeated) == len(set(repeated)) == 11
+        for batches in epochs:
+            repeated_in |= {step for step, batch in enumerate(batches) if not batch.valid.all()}
+            for batch in batches:
+                pixels = (batch.index / 255).view(-1, 1, 1, 1).expand_as(batch.images)
+                torch.testing.assert_close(batch.images, pixels)
+    assert repeated_in == {0, 1}
+
+
 def test_a_rank_may_end_on_a_batch_of_padding(make_loader, numbered_split):
     batches = list(make_loader(numbered_split(5), batch_size=2, rank=0, world=2))
     assert [batch.valid.tolist() for batch in batches] == [[True, True], [False, False]]

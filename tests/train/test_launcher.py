@@ -99,7 +99,7 @@ def test_the_centre_is_the_mean_over_both_ranks(two_process_run, teacher_run):
     student, _ = read_student(config.run_dir)
     teacher, _ = read_student(teacher_run)
     with torch.no_grad():
-        features = [teacher(b.images).features[b.valid] for b in rank_loaders(config, 0, world=1).measure]
+        features = [teacher(b.images).features[b.valid] for b in rank_loaders(config, 0, world=1).measure()]
     torch.testing.assert_close(student.head.center, torch.cat(features).mean(0), rtol=1e-4, atol=1e-5)
 
 

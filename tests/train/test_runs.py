@@ -124,7 +124,7 @@ def test_loss_equals_a_run_written_out_in_plain_torch(small_config, kdav_section
     head.load_state_dict(parts.student.head.state_dict())
     network.load_stock_state_dict(parts.student.network.stock_state_dict())
     with torch.no_grad():
-        center = torch.cat([teacher(b.images).features[b.valid] for b in parts.loaders.measure]).mean(0)
+        center = torch.cat([teacher(b.images).features[b.valid] for b in parts.loaders.measure()]).mean(0)
     optimizer = torch.optim.SGD(
         [*network.backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4
     )
