@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError
@@ -14,8 +15,8 @@ BAD_INPUT = 2
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parse(arguments)
         return options.command(options)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank has the same error; one line is enough
@@ -23,10 +24,26 @@ def main(arguments: list[str] | None = None) -> int:
         return BAD_INPUT
 
 
+class _Parser(argparse.ArgumentParser):
+    """Reports mistakes like any other bad input: one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see '{self.prog} --help'")
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Overrides may stand before and after options, which argparse alone does not allow."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides += rest
+    return options
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kdav", description="Distil a large image classifier into a small one."
-    )
+    parser = _Parser(prog="kdav", description="Distil a large image classifier into a small one.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, summary: str) -> argparse.ArgumentParser:

@@ -15,17 +15,18 @@ from kdav_fast.train.loop import run_training
 from kdav_fast.train.stopping import STOPPED
 
 _COMMON: dict[str, Any] = {
-    "data": {"name": "digits", "image_size": 16, "crop": "padded", "crop_padding": 1, "flip": False},
+    "data": {"name": "digits", "image_size": 16, "crop": "none", "flip": False},
     "schedule": {"name": "one_cycle"},
-    "train": {"batch_size": 64, "log_every": 14, "evaluate_every": 5, "save_every": 10},
+    "train": {"batch_size": 32, "log_every": 29, "save_every": 5},
 }
-_TEACHER = {"name": "cifar:resnet14", "width": 1.0}
+_SHIFTED = {**_COMMON["data"], "crop": "padded", "crop_padding": 1}
+_TEACHER = {"name": "cifar:resnet14"}
 _STUDENT = {"name": "cifar:resnet8", "width": 0.25}
-_TEACHER_EPOCHS, _STUDENT_EPOCHS = 30, 20
+_TEACHER_EPOCHS, _STUDENT_EPOCHS = 15, 5
 _METHODS = {
     "student": {"name": "none"},
     "kd": {"name": "kd"},
-    "kdav": {"name": "kdav", "memory_length": 1024},
+    "kdav": {"name": "kdav", "memory_length": 512},
 }
 
 
@@ -39,7 +40,7 @@ def demo_configs(folder: Path) -> dict[str, Config]:
         )
 
     teacher = {**_TEACHER, "checkpoint": str(folder / "teacher")}
-    runs = {"teacher": config("teacher", _TEACHER, _TEACHER_EPOCHS)}
+    runs = {"teacher": config("teacher", _TEACHER, _TEACHER_EPOCHS, data=_SHIFTED)}
     for name, distiller in _METHODS.items():
         runs[name] = config(name, _STUDENT, _STUDENT_EPOCHS, teacher=teacher, distiller=distiller)
     return runs

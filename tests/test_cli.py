@@ -124,6 +124,22 @@ def test_bad_configs(config, capsys, tmp_path, overrides, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["destil"], "invalid choice: 'destil'"),
+        (["train"], "CONFIG"),
+        (["evaluate", "run", "--jsn"], "unrecognized arguments: --jsn"),
+        (["doctor", "extra"], "unrecognized arguments: extra"),
+    ],
+)
+def test_bad_command_lines(capsys, arguments, message):
+    line = fails(capsys, *arguments)
+    assert message in line
+    assert "--help" in line
+
+
 def test_bad_config_files(capsys, tmp_path):
     assert "No such file" in fails(capsys, "train", str(tmp_path / "none.yaml"))
     broken = tmp_path / "broken.yaml"
