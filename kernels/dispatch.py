@@ -1,0 +1,121 @@
+"""The implementations by name, and which of them `impl="auto"` takes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdav_fast.kernels.chunked import chunked_terms
+from kdav_fast.kernels.reference import reference_terms
+
+Terms = Callable[..., tuple[Tensor, Tensor]]
+Posterior = Literal["dense", "ids"]
+
+
+@functools.cache
+def _compiled_reference() -> Terms:
+    return torch.compile(reference_terms)
+
+
+def compiled_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`reference_terms` through torch.compile; the first call with new shapes takes the time to compile."""
+    return _compiled_reference()(*args, **settings)
+
+
+def fused_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`triton_kdav.triton_terms`; Triton is imported here because not every system without a GPU has it."""
+    from kdav_fast.kernels.triton_kdav import triton_terms
+
+    return triton_terms(*args, **settings)
+
+
+IMPLEMENTATIONS: dict[str, Terms] = {
+    "reference": reference_terms,
+    "chunked": chunked_terms,
+    "triton": fused_terms,
+    "compile": compiled_terms,
+}
+
+
+class Rule(NamedTuple):
+    """One line of the table: where all of its conditions hold, `name` is taken."""
+
+    device: str
+    name: str
+    reason: str
+    dtypes: tuple[torch.dtype, ...] | None = None
+    largest_width: int | None = None
+    largest_work: int | None = None
+    """Of batch x width x length."""
+    largest_similarities: int | None = None
+    """Of batch x length."""
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+# The CPU lines were measured: see benchmarks/results/loss_kernel_cpu.json. The CUDA lines were NOT: no GPU was
+# at hand. They follow from counts of work and bytes (DESIGN section 5): the fused kernels do 11 units of
+# B L d work against 9 chunked, in 5 launches against 10 or more a slice; 4 times shape A (B 256, d 512,
+# L 16384) is where the 2 units saved should outweigh those launches.
+TABLE = (
+    Rule(
+        "cuda",
+        "triton",
+        "width <= 512 and batch x width x length <= 2^33: few launches count for more than recomputed "
+        "similarities (by analysis, not measured)",
+        dtypes=HALF,
+        largest_width=512,
+        largest_work=2**33,
+    ),
+    Rule("cuda", "chunked", "matrix products by cuBLAS, memory bounded (by analysis, not measured)"),
+    Rule(
+        "cpu",
+        "reference",
+        "batch x length <= 2^15: its similarities stay in the cache and it takes fewer calls (measured)",
+        largest_similarities=2**15,
+    ),
+    Rule("cpu", "chunked", "batch x length > 2^15: faster than the reference and memory bounded (measured)"),
+)
+
+
+def explain_choice(
+    device: torch.device | str,
+    batch: int,
+    width: int,
+    length: int,
+    classes: int,
+    dtype: torch.dtype,
+    posterior: Posterior,
+) -> tuple[str, str]:
+    """The implementation that `impl="auto"` takes for these inputs, and why.
+
+    Args:
+        device: of the tensors.
+        batch, width, length, classes: B, d, L, K of DESIGN section 2.
+        dtype: widest of the embeddings'.
+        posterior: "dense" class probabilities or class "ids". Neither it nor K decides anything so far.
+    """
+    kind = torch.device(device).type
+    for rule in TABLE:
+        fits = (
+            rule.device == kind
+            and (rule.dtypes is None or dtype in rule.dtypes)
+            and (rule.largest_width is None or width <= rule.largest_width)
+            and (rule.largest_work is None or batch * width * length <= rule.largest_work)
+            and (rule.largest_similarities is None or batch * length <= rule.largest_similarities)
+        )
+        if fits:
+            return rule.name, rule.reason
+    return "chunked", f"memory bounded; nothing was measured on {kind!r}"
+
+
+def choose(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor) -> str:
+    """`explain_choice` for tensors."""
+    dtype = functools.reduce(torch.promote_types, (teacher.dtype, memory.dtype), student.dtype)
+    kind: Posterior = "dense" if posterior.ndim == 2 else "ids"
+    name, _ = explain_choice(
+        student.device, *student.shape, memory.shape[0], logits.shape[1], dtype, kind
+    )
+    return name
