@@ -54,10 +54,12 @@ class Job(NamedTuple):
 def jobs(target: str, classes: int = 1000) -> Iterator[Job]:
     """Every kernel at every tile configuration in use, for each dtype and kind of posterior."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        inputs = {name: POINTER_NAME[dtype] for name in INPUTS}
+        inputs = dict.fromkeys(INPUTS, POINTER_NAME[dtype])
         yield from _product_jobs(target, dtype, inputs, classes)
         constants = {"BLOCK_K": triton_kdav.DIVERGENCE_BLOCK_K, "BLOCK_S": triton_kdav.MAX_SPLITS}
-        yield Job(target, "divergence_kernel", SHORT_NAME[dtype], inputs, constants, {})
+        ratio = dtype if dtype == torch.bfloat16 else torch.float32
+        pointers = inputs | {"ratio": POINTER_NAME[ratio]}
+        yield Job(target, "divergence_kernel", SHORT_NAME[dtype], pointers, constants, {})
         for width in (512, 4096):
             variant = f"{SHORT_NAME[dtype]} d {width}"
             yield Job(target, "embedding_gradient_kernel", variant, inputs, {"BLOCK_W": width}, {})
@@ -74,7 +76,8 @@ def _product_jobs(target: str, dtype: torch.dtype, inputs: dict[str, str], class
     for posterior in (dtype, torch.int64):
         dense = posterior != torch.int64
         products = triton_kdav.product_constants(dtype, posterior, classes)
-        pointers = inputs | {"posterior": POINTER_NAME[posterior]}
+        ratio = posterior if posterior == torch.bfloat16 else torch.float32
+        pointers = inputs | {"posterior": POINTER_NAME[posterior], "ratio": POINTER_NAME[ratio]}
         variant = f"{SHORT_NAME[dtype]} {'dense' if dense else 'ids'}"
         for kernel, tile in {
             "class_kernel": tiles["dense" if dense else "ids"][dtype],
@@ -140,9 +143,7 @@ def inspect_binary(target: str, compiled: Any) -> dict[str, Any]:
         "spill_bytes": stack + local,
         "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
     }
-    row |= {
-        name: len(re.findall(pattern, sass.stdout)) for name, pattern in MATRIX_INSTRUCTIONS.items()
-    }
+    row |= {name: len(re.findall(pattern, sass.stdout)) for name, pattern in MATRIX_INSTRUCTIONS.items()}
     problems = []
     if row["spill_bytes"]:
         problems.append(f"spills {row['spill_bytes']} bytes")
@@ -165,7 +166,9 @@ def format_row(row: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m kdav_fast.kernels.aot", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m kdav_fast.kernels.aot", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--targets", default=",".join(SHARED_LIMIT), help="comma-separated")
     parser.add_argument("--kernels", default="", help="only kernels whose name contains this")
     parser.add_argument("--variants", default="", help="only variants that contain this, such as bf16")
@@ -189,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("--kernels and --variants leave nothing to compile", file=sys.stderr)
         return 2
 
-    print(f"{'target':7}{'kernel':27}{'variant':13}{'regs':>5}{'shared':>8}{'spill':>7}{'tmem':>6}  matrix instructions")
+    print(
+        f"{'target':7}{'kernel':27}{'variant':13}{'regs':>5}{'shared':>8}{'spill':>7}{'tmem':>6}  matrix instructions"
+    )
     rows = []
     with multiprocessing.get_context("spawn").Pool() as pool:
         for row in pool.imap(compile_job, work):

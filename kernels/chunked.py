@@ -33,13 +33,10 @@ def bytes_per_row(
 ) -> int:
     """Workspace that one row of the memory needs: what a slice holds at most at a time, over its rows.
 
-    Two values of `dtype` a batch row (both similarities, or the student's and its factor); a mask; the row of U and of R
-    where they have to be converted to `dtype`, or built from class ids (GPU).
+    Two values of `dtype` a batch row (both similarities, or the student's and its factor); a mask; the row of
+    U and of R where they have to be converted to `dtype`, or built from class ids (GPU).
     """
-    if posterior.ndim == 1:
-        built = posterior.is_cuda
-    else:
-        built = posterior.dtype != dtype
+    built = posterior.is_cuda if posterior.ndim == 1 else posterior.dtype != dtype
     converted = width * (memory.dtype != dtype) + classes * built
     return dtype.itemsize * (2 * batch + converted) + 1
 
@@ -77,9 +74,7 @@ def chunked_terms(
     batch, classes = teacher_logits.shape
     if workspace_bytes is None:
         workspace_bytes = default_workspace_bytes(memory_embedding.device)
-    row = bytes_per_row(
-        batch, memory_embedding.shape[1], classes, dtype, memory_embedding, memory_posterior
-    )
+    row = bytes_per_row(batch, memory_embedding.shape[1], classes, dtype, memory_embedding, memory_posterior)
     membership, prediction = _ChunkedTerms.apply(
         kappa_student * F.normalize(student_embedding.to(dtype), dim=1),
         kappa_teacher * F.normalize(teacher_embedding.to(dtype), dim=1),
@@ -108,27 +103,17 @@ class _ChunkedTerms(torch.autograd.Function):
         eps: float,
         slice_rows: int,
     ) -> tuple[Tensor, Tensor]:
-        batch, dtype = q_class.shape[0], q_class.dtype
+        batch = len(q_class)
         queries = torch.cat([student_query, teacher_query])
         maximum = torch.full_like(queries[:, 0], -torch.inf)
         total, cross = torch.zeros_like(maximum), torch.zeros_like(maximum[:batch])
         mass, teacher_mean = torch.zeros_like(q_class), torch.zeros_like(teacher_query)
         for start in range(0, memory.shape[0], slice_rows):
-            rows = _in_compute_dtype(memory[start : start + slice_rows], dtype)
-            similarity = _product(queries, rows.T)
+            part = slice(start, start + slice_rows)
             valid = None if filled is None else filled - start
-            if memory.is_cuda:
-                from kdav_fast.kernels import triton_chunk  # Triton is not on every system without a GPU
-
-                weights, rescale = triton_chunk.absorb(
-                    similarity, maximum, total, cross, valid, rows.dtype
-                )
-            else:
-                weights, rescale = _absorb(similarity, maximum, total, valid)
-            mass.mul_(rescale[:batch, None])
-            _add_class_mass(mass, weights[:batch], posterior[start : start + slice_rows])
-            teacher_mean.mul_(rescale[batch:, None])
-            _add_product(teacher_mean, weights[batch:], rows)
+            _absorb_slice(
+                queries, memory[part], posterior[part], valid, maximum, total, cross, mass, teacher_mean
+            )
 
         log_total = maximum + total.log()
         teacher_mean.div_(total[batch:, None])
@@ -160,19 +145,63 @@ class _ChunkedTerms(torch.autograd.Function):
         offset = (membership_grad + prediction_grad * above)[:, None]
         grad = teacher_mean * -membership_grad[:, None]
         for start in range(0, memory.shape[0], ctx.slice_rows):
-            rows = _in_compute_dtype(memory[start : start + ctx.slice_rows], query.dtype)
-            share = _class_share(offset, minus_ratio, posterior[start : start + ctx.slice_rows])
+            part = slice(start, start + ctx.slice_rows)
             valid = None if filled is None else filled - start
-            if memory.is_cuda:
-                from kdav_fast.kernels import triton_chunk
-
-                similarity = _product(query, rows.T)
-                slope = triton_chunk.slope(similarity, share, log_total, valid, rows.dtype)
-            else:
-                log_p_member = torch.addmm(-log_total[:, None], query, rows.T)
-                slope = _mask(log_p_member, valid).exp_().mul_(share)
-            _add_product(grad, slope, rows)
+            _add_slice_gradient(
+                grad, query, memory[part], posterior[part], valid, log_total, offset, minus_ratio
+            )
         return grad.mul_(size[:, None]), *[None] * 7
+
+
+# The loops' bodies are functions so that a slice's tensors are freed before the next one's are made.
+def _absorb_slice(
+    queries: Tensor,
+    memory: Tensor,
+    posterior: Tensor,
+    valid: Tensor | None,
+    maximum: Tensor,
+    total: Tensor,
+    cross: Tensor,
+    mass: Tensor,
+    teacher_mean: Tensor,
+) -> None:
+    """Adds a slice of the memory to all running sums, the last six arguments."""
+    batch = len(mass)
+    rows = _in_compute_dtype(memory, queries.dtype)
+    similarity = _product(queries, rows.T)
+    if memory.is_cuda:
+        from kdav_fast.kernels import triton_chunk  # Triton is not on every system without a GPU
+
+        weights, rescale = triton_chunk.absorb(similarity, maximum, total, cross, valid, rows.dtype)
+    else:
+        weights, rescale = _absorb(similarity, maximum, total, valid)
+    mass.mul_(rescale[:batch, None])
+    _add_class_mass(mass, weights[:batch], posterior)
+    teacher_mean.mul_(rescale[batch:, None])
+    _add_product(teacher_mean, weights[batch:], rows)
+
+
+def _add_slice_gradient(
+    grad: Tensor,
+    query: Tensor,
+    memory: Tensor,
+    posterior: Tensor,
+    valid: Tensor | None,
+    log_total: Tensor,
+    offset: Tensor,
+    minus_ratio: Tensor,
+) -> None:
+    """grad += the student's slopes over a slice of the memory @ U."""
+    share = _class_share(offset, minus_ratio, posterior)
+    rows = _in_compute_dtype(memory, query.dtype)
+    if memory.is_cuda:
+        from kdav_fast.kernels import triton_chunk
+
+        slope = triton_chunk.slope(_product(query, rows.T), share, log_total, valid, rows.dtype)
+    else:
+        log_p_member = torch.addmm(-log_total[:, None], query, rows.T)
+        slope = _mask(log_p_member, valid).exp_().mul_(share)
+    _add_product(grad, slope, rows)
 
 
 def _absorb(

@@ -115,7 +115,5 @@ def choose(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, pos
     """`explain_choice` for tensors."""
     dtype = functools.reduce(torch.promote_types, (teacher.dtype, memory.dtype), student.dtype)
     kind: Posterior = "dense" if posterior.ndim == 2 else "ids"
-    name, _ = explain_choice(
-        student.device, *student.shape, memory.shape[0], logits.shape[1], dtype, kind
-    )
+    name, _ = explain_choice(student.device, *student.shape, memory.shape[0], logits.shape[1], dtype, kind)
     return name

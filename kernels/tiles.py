@@ -44,7 +44,8 @@ TILES: dict[str, dict[str, dict[torch.dtype, Tile]]] = {
         "membership": dict.fromkeys((BF16, FP16), Tile(64, 128, 32, num_stages=3)) | {FP32: Tile(64, 32, 32)},
         "dense": dict.fromkeys((BF16, FP16), Tile(64, 32, 32, 256)) | {FP32: Tile(64, 32, 32, 128)},
         "ids": dict.fromkeys((BF16, FP16), Tile(64, 32, 32, 256)) | {FP32: Tile(64, 32, 32, 128)},
-        "gradient": dict.fromkeys((BF16, FP16), Tile(64, 32, 32, 32, 256)) | {FP32: Tile(64, 32, 16, 16, 128)},
+        "gradient": dict.fromkeys((BF16, FP16), Tile(64, 32, 32, 32, 256))
+        | {FP32: Tile(64, 32, 16, 16, 128)},
     },
     "sm_90": {
         "membership": dict.fromkeys((BF16, FP16), Tile(64, 128, 64, num_stages=3))
@@ -62,7 +63,8 @@ TILES: dict[str, dict[str, dict[torch.dtype, Tile]]] = {
         | {FP32: Tile(64, 64, 32, num_warps=4)},
         "dense": dict.fromkeys((BF16, FP16), Tile(64, 64, 64, 256)) | {FP32: Tile(64, 32, 32, 128)},
         "ids": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 512)) | {FP32: Tile(64, 32, 32, 128)},
-        "gradient": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 64, 512)) | {FP32: Tile(64, 32, 32, 32, 128)},
+        "gradient": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 64, 512))
+        | {FP32: Tile(64, 32, 32, 32, 128)},
     },
 }
 

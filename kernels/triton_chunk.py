@@ -1,3 +1,4 @@
+# ruff: noqa: N803  (Triton writes compile-time constants in capitals)
 """The chunked objective's elementwise passes on a GPU: one Triton kernel between two matrix products."""
 
 import torch
@@ -71,7 +72,12 @@ def slope_kernel(
 
 
 def absorb(
-    similarity: Tensor, maximum: Tensor, total: Tensor, cross: Tensor, valid: Tensor | None, dtype: torch.dtype
+    similarity: Tensor,
+    maximum: Tensor,
+    total: Tensor,
+    cross: Tensor,
+    valid: Tensor | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Adds a slice to the running softmax statistics.
 

@@ -118,22 +118,27 @@ class _TritonTerms(torch.autograd.Function):
         partial, inverse_norm = empty(5, splits, batch), empty(2, batch)
         kernels.membership_kernel[(row_tiles, splits)](
             student, teacher, memory, filled, partial, inverse_norm,
-            batch, length, width, splits, kappa_student, kappa_teacher, **tile.constants(), **tile.options(), **similarity,
+            batch, length, width, splits, kappa_student, kappa_teacher,
+            **tile.constants(), **tile.options(), **similarity,
         )  # fmt: skip
 
         tile = tiles["dense" if posterior.ndim == 2 else "ids"][dtype]
         row_tiles, class_tiles = triton.cdiv(batch, tile.rows), triton.cdiv(classes, tile.classes)
         class_splits = _splits(row_tiles * class_tiles, length, tile.items, student.device)
-        class_partial, class_max = empty(class_splits, batch, classes), empty(class_splits, batch)
+        class_partial = empty(class_splits, batch, classes)
+        class_statistics = empty(2, class_splits, batch)
         kernels.class_kernel[(row_tiles, class_tiles, class_splits)](
-            student, memory, posterior, filled, class_partial, class_max,
-            batch, length, width, classes // constants["GROUP"], class_splits, kappa_student, **tile.constants(), **tile.options(), **constants,
+            student, memory, posterior, filled, class_partial, class_statistics,
+            batch, length, width, classes // constants["GROUP"], class_splits, kappa_student,
+            **tile.constants(), **tile.options(), **constants,
         )  # fmt: skip
 
         membership_kl, prediction_kl, above = empty(batch), empty(batch), empty(batch)
         log_total, ratio = empty(2, batch), empty(batch, classes)
+        if constants["DENSE"] and constants["CLASS_DTYPE"] == tl.bfloat16:
+            ratio = torch.empty_like(ratio, dtype=torch.bfloat16)  # as its product takes it
         kernels.divergence_kernel[(batch,)](
-            logits, partial, class_partial, class_max, membership_kl, prediction_kl, log_total, ratio, above,
+            logits, partial, class_partial, class_statistics, membership_kl, prediction_kl, log_total, ratio, above,
             batch, classes, splits, class_splits, temperature, eps,
             BLOCK_K=DIVERGENCE_BLOCK_K, BLOCK_S=MAX_SPLITS,
         )  # fmt: skip
@@ -174,8 +179,7 @@ class _TritonTerms(torch.autograd.Function):
 
 def _splits(tiles: int, length: int, block: int, device: torch.device) -> int:
     """Into how many parts to cut the memory, so that `tiles` programs a part fill the device once."""
+    processors = 8  # the interpreter: several splits, so that tests add them
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
-    else:
-        processors = 8  # the interpreter: several splits, so that tests add them
     return max(1, min(processors // tiles, triton.cdiv(length, block), MAX_SPLITS))

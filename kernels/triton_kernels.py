@@ -1,3 +1,4 @@
+# ruff: noqa: N803, SIM300  (Triton writes compile-time constants in capitals)
 """The Triton kernels of the objective. None of them writes a matrix of batch x memory length.
 
 Work and bytes at batch 256, width d = 512, memory L = 16384, classes K = 1000, with g = 2 B L d FLOP (4.3 GFLOP):
@@ -22,14 +23,24 @@ import triton.language as tl
 # Slopes are at most 2 T^2 before this factor, and float16 has its subnormal numbers from 6e-5 down.
 SLOPE_SCALE = tl.constexpr(4096.0)
 
-# The interpreter's product takes bfloat16 for integers.
+# The interpreter cuts bfloat16 off where a GPU rounds it to nearest, and its product takes it for integers.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _round(x, DTYPE: tl.constexpr):
+    """x in DTYPE, to nearest."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
 def _dot(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
     """total + a @ b with operands rounded to DTYPE, summed in float32."""
-    a, b = a.to(DTYPE), b.to(DTYPE)
+    a, b = _round(a, DTYPE), _round(b, DTYPE)
     if INTERPRETED and DTYPE == tl.bfloat16:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision=PRECISION)
@@ -153,7 +164,7 @@ def membership_kernel(
 
 @triton.jit
 def class_kernel(
-    student, memory, posterior, filled, partial, partial_max,
+    student, memory, posterior, filled, partial, statistics,
     batch, length, width, class_groups, splits, kappa_student,
     BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr, DENSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,7 +172,8 @@ def class_kernel(
 ):  # fmt: skip
     """Class masses of one split, for a tile of rows and a tile of classes.
 
-    Writes partial[split, row, class] = sum_j exp(s_j - m) R_j(class) and partial_max[split, row] = m.
+    Writes partial[split, row, class] = sum_j w_j R_j(class), with w_j = exp(s_j - m) as rounded for the
+    product, and statistics[0..1, split, row] = m and sum_j w_j, so that classes share no rounding.
     """
     classes = class_groups * GROUP
     row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
@@ -169,6 +181,7 @@ def class_kernel(
     split = tl.program_id(2)
     scale = kappa_student * _inverse_norm(student, row, batch, width, BLOCK_B, BLOCK_D)
     maximum = tl.full([BLOCK_B], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_B], tl.float32)
     mass = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
     begin, end = _split_bounds(filled, length, split, splits, BLOCK_L)
     for start in range(begin, end, BLOCK_L):
@@ -179,32 +192,36 @@ def class_kernel(
         )
         s = tl.where(used[None, :], s * scale[:, None], float("-inf"))
         new_max = tl.maximum(maximum, tl.max(s, 1))
-        weight = tl.exp(s - new_max[:, None])
+        weight = _round(tl.exp(s - new_max[:, None]), CLASS_DTYPE)
         if DENSE:
             offset = item.to(tl.int64)[:, None] * classes + class_id[None, :]
             r = tl.load(posterior + offset, used[:, None] & (class_id < classes)[None, :], 0.0)
         else:
             r = tl.where(tl.load(posterior + item, used, -1)[:, None] == class_id[None, :], 1.0, 0.0)
-        mass = mass * tl.exp(maximum - new_max)[:, None]
+        shrink = tl.exp(maximum - new_max)
+        total = total * shrink + tl.sum(weight.to(tl.float32), 1)
+        mass = mass * shrink[:, None]
         mass = _dot(weight, r, mass, CLASS_DTYPE, CLASS_PRECISION)
         maximum = new_max
 
     if tl.program_id(1) == 0:
-        tl.store(partial_max + split * batch + row, maximum, row < batch)
+        tl.store(statistics + split * batch + row, maximum, row < batch)
+        tl.store(statistics + (splits + split) * batch + row, total, row < batch)
     output = partial + (split * batch + row).to(tl.int64)[:, None] * classes + class_id[None, :]
     tl.store(output, mass, (row < batch)[:, None] & (class_id < classes)[None, :])
 
 
 @triton.jit
 def divergence_kernel(
-    logits, partial, class_partial, class_max, membership_kl, prediction_kl, log_total, ratio, above,
+    logits, partial, class_partial, class_statistics, membership_kl, prediction_kl, log_total, ratio, above,
     batch, classes, splits, class_splits, temperature, eps,
     BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Adds the splits of one row, in order, and forms both divergences and what the backward pass needs.
 
     log_total[0..1, row] are student's and teacher's log sum exp; ratio[row, y] = q(y) / p(y) and above[row] =
-    sum q(y), both over the classes with p(y) >= eps, since the floor draws no gradient.
+    sum p(y) ratio(y), both over the classes with p(y) >= eps, since the floor draws no gradient. The sum is of
+    ratios as they are stored: rounded to bfloat16 or not, the slopes of a row add up to 0.
     """
     row = tl.program_id(0)
     split = tl.arange(0, BLOCK_S)
@@ -227,6 +244,12 @@ def divergence_kernel(
     tl.store(log_total + row, student_total)
     tl.store(log_total + batch + row, teacher_total)
 
+    source = class_statistics + split * batch + row
+    class_max = tl.load(source, split < class_splits, float("-inf"))
+    class_sum = tl.load(source + class_splits * batch, split < class_splits, 0.0)
+    maximum = tl.max(class_max, 0)
+    class_total = maximum + tl.log(tl.sum(class_sum * tl.exp(class_max - maximum), 0))
+
     best = tl.full([BLOCK_K], float("-inf"), tl.float32)
     for start in range(0, classes, BLOCK_K):
         class_id = start + tl.arange(0, BLOCK_K)
@@ -241,25 +264,25 @@ def divergence_kernel(
     logit_total = tl.sum(total, 0)
 
     prediction = tl.zeros([BLOCK_K], tl.float32)
-    drawn = tl.zeros([BLOCK_K], tl.float32)
+    above_sum = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, classes, BLOCK_K):
         class_id = start + tl.arange(0, BLOCK_K)
         mask = class_id < classes
         g = tl.load(logits + row * classes + class_id, mask, float("-inf")).to(tl.float32)
         q = tl.exp((g - best_logit) / temperature) / logit_total
         p = tl.zeros([BLOCK_K], tl.float32)
-        for index in range(0, class_splits):
+        for index in range(class_splits):
             part = (index * batch + row).to(tl.int64) * classes
-            weight = tl.exp(tl.load(class_max + index * batch + row) - student_total)
-            p += weight * tl.load(class_partial + part + class_id, mask, 0.0)
+            shrink = tl.exp(tl.load(class_statistics + index * batch + row) - class_total)
+            p += shrink * tl.load(class_partial + part + class_id, mask, 0.0)
         floored = tl.where(p < eps, eps, p)  # as torch.clamp: NaN stays NaN
         log_q = tl.where(q == 0, 0.0, tl.log(tl.where(q == 0, 1.0, q)))
         prediction += tl.where(mask, q * (log_q - tl.log(floored)), 0.0)
-        q_above = tl.where(p >= eps, q, 0.0)
-        drawn += q_above
-        tl.store(ratio + row * classes + class_id, q_above / floored, mask)
+        weight = _round(tl.where(p >= eps, q, 0.0) / floored, ratio.dtype.element_ty)
+        tl.store(ratio + row * classes + class_id, weight, mask)
+        above_sum += p * weight.to(tl.float32)
     tl.store(prediction_kl + row, temperature * temperature * tl.sum(prediction, 0))
-    tl.store(above + row, tl.sum(drawn, 0))
+    tl.store(above + row, tl.sum(above_sum, 0))
 
 
 @triton.jit
@@ -345,11 +368,11 @@ def embedding_gradient_kernel(
     column = tl.arange(0, BLOCK_W)
     mask = column < width
     total = tl.zeros([BLOCK_W], tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         total += tl.load(partial + (split * batch + row).to(tl.int64) * width + column, mask, 0.0)
     _, _, size = _upstream(membership_grad, prediction_grad, temperature, row, row < batch)
     norm = tl.load(inverse_norm + row)
     unit = tl.load(student + row * width + column, mask, 0.0).to(tl.float32) * norm
     total = total * (kappa_student * size / SLOPE_SCALE)
     total = (total - unit * tl.sum(unit * total, 0)) * norm
-    tl.store(grad + row * width + column, total, mask)
+    tl.store(grad + row * width + column, _round(total, grad.dtype.element_ty), mask)
