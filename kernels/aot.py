@@ -112,7 +112,8 @@ def compile_job(job: Job) -> dict[str, Any]:
     try:
         compiled = triton.compile(source, target=target, options=job.options)
     except Exception as error:  # whatever a compiler pass raises is this row's result
-        return row | {"problem": f"does not compile: {type(error).__name__}: {str(error)[:300]}"}
+        message = " ".join(str(error).split())[-300:]  # the reason comes last, after the source
+        return row | {"problem": f"does not compile: {type(error).__name__}: {message}"}
     return row | inspect_binary(job.target, compiled)
 
 

@@ -273,8 +273,8 @@ def divergence_kernel(
         p = tl.zeros([BLOCK_K], tl.float32)
         for index in range(class_splits):
             part = (index * batch + row).to(tl.int64) * classes
-            shrink = tl.exp(tl.load(class_statistics + index * batch + row) - class_total)
-            p += shrink * tl.load(class_partial + part + class_id, mask, 0.0)
+            scale = tl.exp(tl.load(class_statistics + index * batch + row) - class_total)
+            p += scale * tl.load(class_partial + part + class_id, mask, 0.0)
         floored = tl.where(p < eps, eps, p)  # as torch.clamp: NaN stays NaN
         log_q = tl.where(q == 0, 0.0, tl.log(tl.where(q == 0, 1.0, q)))
         prediction += tl.where(mask, q * (log_q - tl.log(floored)), 0.0)
