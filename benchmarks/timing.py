@@ -41,7 +41,7 @@ def interleaved(
     makers: dict[str, Callable[[], Callable[[], object]]],
     device: torch.device,
     seconds: float,
-    fewest: int = 3,
+    fewest: int = 7,
 ) -> dict[str, dict[str, float]]:
     """Times of all in turn, so that what else the machine does falls on each alike.
 

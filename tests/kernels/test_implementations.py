@@ -224,7 +224,7 @@ def test_auto_takes_what_it_explains(monkeypatch):
             return reference_terms(*args, **settings)
 
         monkeypatch.setitem(dispatch.IMPLEMENTATIONS, name, record)
-    for batch, length in ((2, 10), (64, 2048)):
+    for batch, length in ((2, 10), (64, 20000)):
         inputs = make_inputs(batch, 8, length, 4)
         kdav_loss(*inputs)
         name, reason = explain_choice("cpu", batch, 8, length, 4, torch.float64, "dense")
