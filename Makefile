@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint install clean
+.PHONY: demo test lint kernels install clean
 
 demo: install
 	$(BIN)/kdav demo
@@ -15,6 +15,10 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Compiles every Triton kernel for three GPU generations; no GPU is needed.
+kernels: install
+	$(BIN)/python -m kdav_fast.kernels.aot --targets sm_80,sm_90,sm_100
 
 install: $(READY)
 

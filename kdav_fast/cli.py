@@ -82,6 +82,11 @@ def _parser() -> argparse.ArgumentParser:
 
     sub = add("doctor", _doctor, "What is here, which fast paths are on, and what would turn on the others.")
     sub.add_argument("--json", action="store_true", help="print JSON")
+    sub.add_argument(
+        "--loss-shape", default="256,512,16384,1000", metavar="B,d,L,K", help="say what impl=auto takes"
+    )
+    sub.add_argument("--loss-dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    sub.add_argument("--posterior", choices=("dense", "ids"), default="dense")
 
     sub = add("demo", _demo, "Distil handwritten digits three ways in a few minutes.")
     sub.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
@@ -153,8 +158,10 @@ def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from kdav_fast.doctor import diagnose, diagnosis_json, print_diagnosis
+    from kdav_fast.loss_choice import loss_finding, parse_loss_shape
 
-    findings = diagnose()
+    shape = parse_loss_shape(options.loss_shape)
+    findings = [*diagnose(), loss_finding(shape, options.loss_dtype, options.posterior)]
     if options.json:
         print(diagnosis_json(findings))
     else:

@@ -156,7 +156,7 @@ class KDAVConfig(Section):
     """Centre teacher embeddings by their mean over the training set, measured before training."""
     prototypes: Literal["measured", "running"] = "measured"
     """Class means from one pass before training, or from running sums during training."""
-    impl: Literal["auto", "reference"] = "auto"
+    impl: Literal["auto", "reference", "chunked", "triton", "compile"] = "auto"
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

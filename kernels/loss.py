@@ -1,18 +1,15 @@
 """The public face of the objective: validation, the choice of an implementation, the reduction."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kdav_fast.kernels.reference import reference_terms
+from kdav_fast.kernels.dispatch import IMPLEMENTATIONS, choose
 
 Reduction = Literal["mean", "none", "sum"]
-Implementation = Literal["auto", "reference"]
-
-IMPLEMENTATIONS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {"reference": reference_terms}
+Implementation = Literal["auto", "reference", "chunked", "triton", "compile"]
 
 
 class KDAVResult(NamedTuple):
@@ -42,6 +39,7 @@ def kdav_loss(
     eps: float = 1e-8,
     reduction: Reduction = "mean",
     impl: Implementation = "auto",
+    workspace_bytes: int | None = None,
 ) -> KDAVResult:
     """Knowledge distillation with an auxiliary variable (DESIGN section 2).
 
@@ -62,7 +60,11 @@ def kdav_loss(
         weight_membership, weight_prediction: weights of the two terms.
         eps: floor of p(y|x) inside the logarithm.
         reduction: over rows: "mean", "sum" or "none".
-        impl: implementation by name; "auto" picks the fastest for the inputs at hand.
+        impl: "reference" is plain torch, "compile" the same through torch.compile; "chunked" takes the memory
+            in slices, on any device; "triton" is a set of fused kernels for CUDA. "auto" picks by device,
+            shape and dtype: see `dispatch.explain_choice`.
+        workspace_bytes: most that "chunked" allocates for a slice of the memory, besides statistics of
+            10 (d + K) values a batch row. `None` means half of a GPU's L2 cache, 64 MiB on a CPU.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
@@ -81,9 +83,16 @@ def kdav_loss(
             raise ValueError(f"{name} is {value}; it must be above 0")
     if reduction not in ("mean", "none", "sum"):
         raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'none', 'sum'")
-    name = "reference" if impl == "auto" else impl
+    if workspace_bytes is not None and not workspace_bytes > 0:
+        raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be above 0, or None for the default")
+    name = impl
+    if impl == "auto":
+        name = choose(
+            student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior
+        )
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"impl is {impl!r}; allowed: {', '.join(map(repr, ('auto', *IMPLEMENTATIONS)))}")
+    bound = {"workspace_bytes": workspace_bytes} if name == "chunked" else {}
 
     membership_kl, prediction_kl = IMPLEMENTATIONS[name](
         student_embedding,
@@ -96,6 +105,7 @@ def kdav_loss(
         kappa_teacher=float(kappa_teacher),
         temperature=float(temperature),
         eps=float(eps),
+        **bound,
     )
     loss = weight_membership * membership_kl + weight_prediction * prediction_kl
     if reduction != "none":

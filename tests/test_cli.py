@@ -98,6 +98,23 @@ def test_doctor(capsys):
 
 
 @pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("128,64,4096,10", "reference for B 128, d 64"), ("256,512,65536,1000", "chunked for")],
+)
+def test_doctor_says_which_loss_it_would_take(capsys, monkeypatch, shape, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main(["doctor", "--json", "--loss-shape", shape, "--posterior", "ids"]) == 0
+    (finding,) = [f for f in json.loads(capsys.readouterr().out) if f["name"] == "kdav_loss impl=auto"]
+    assert expected in finding["detail"]
+    assert "ids on cpu: batch x length" in finding["detail"]
+
+
+def test_doctor_refuses_a_shape_that_is_none(capsys):
+    for text in ("256,512", "a,b,c,d", "0,1,1,1"):
+        assert "give batch, embedding width, memory length" in fails(capsys, "doctor", "--loss-shape", text)
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["optimizer.lrr=0.1"], "unknown key 'optimizer.lrr'; the nearest known one is 'optimizer.lr'"),

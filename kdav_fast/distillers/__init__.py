@@ -1,5 +1,7 @@
 """What the student learns from: one interface, one file a method."""
 
+import torch
+
 from kdav_fast.config import DistillerConfig, KDAVConfig, KDConfig
 from kdav_fast.distillers.base import Distiller, Losses, Target
 from kdav_fast.distillers.kd import KDDistiller
@@ -16,6 +18,7 @@ def build_distiller(
     teacher_width: int | None,
     classes: int,
     label_smoothing: float,
+    dtype: torch.dtype = torch.float32,
 ) -> Distiller:
     """The distiller that a config names.
 
@@ -23,6 +26,7 @@ def build_distiller(
         student_width, teacher_width: penultimate features; `teacher_width` is None without a teacher.
         classes: K.
         label_smoothing: for the terms that use labels.
+        dtype: in which large products are taken and embeddings remembered; sums are in float32.
     """
     if isinstance(config, KDAVConfig):
         return KDAVDistiller(

@@ -1,5 +1,7 @@
 """Knowledge distillation with an auxiliary variable (Peng, Fang, Zhang, Lu: ICML 2024)."""
 
+import torch
+
 from kdav_fast.config import KDAVConfig
 from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid
 from kdav_fast.head import EmbeddingHead
@@ -12,15 +14,23 @@ class KDAVDistiller(Distiller):
     """Membership and prediction terms over a memory of teacher features; uses no labels (DESIGN section 2).
 
     The student's classifier gives way to an embedding head, whose class prototypes come from the teacher's
-    embeddings.
+    embeddings. Embeddings meet the memory in `dtype`, half precision in a bf16 run: every sum is still in float32.
     """
 
-    def __init__(self, config: KDAVConfig, *, student_width: int, teacher_width: int, classes: int) -> None:
+    def __init__(
+        self, config: KDAVConfig, *, student_width: int, teacher_width: int, classes: int, dtype: torch.dtype
+    ) -> None:
         super().__init__()
+        self.dtype = dtype
         self.center = config.center
         self.running_prototypes = config.prototypes == "running"
         self.memory = TeacherMemory(
-            config.memory_length, teacher_width, classes, config.posterior, temperature=config.temperature
+            config.memory_length,
+            teacher_width,
+            classes,
+            config.posterior,
+            temperature=config.temperature,
+            dtype=dtype,
         )
         # The head is trained, sharded and saved as a part of the student: registered there, not here.
         object.__setattr__(self, "head", EmbeddingHead(student_width, teacher_width, classes))
@@ -54,8 +64,8 @@ class KDAVDistiller(Distiller):
         embedding = self.head.center_teacher(teacher.features)
         self.memory.push(embedding, teacher.logits, target.valid)
         result = self.loss(
-            student.embedding.float(),
-            embedding,
+            student.embedding.to(self.dtype),
+            embedding.to(self.dtype),
             teacher.logits,
             self.memory.embedding,
             self.memory.posterior,

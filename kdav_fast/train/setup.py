@@ -89,6 +89,11 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
             f"{train.accumulate} it must be a multiple of {per_step}"
         )
     dtype = autocast_dtype(train.precision, device)
+    if getattr(config.distiller, "impl", None) == "triton" and device.type != "cuda":
+        raise InputError(
+            f"distiller.impl is 'triton' but the device is '{device.type}'; the fused kernels need a GPU: "
+            "use distiller.impl=auto"
+        )
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
     cluster.on_first(lambda: [check_images(split) for split in images])
     classes = images.train.classes
@@ -116,6 +121,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         teacher_width=teacher and teacher.network.feature_width,
         classes=len(classes),
         label_smoothing=train.label_smoothing,
+        dtype=dtype or torch.float32,
     ).to(device)
     student = Student(network, distiller.head).to(device)
 

@@ -32,13 +32,14 @@ def batch():
     return student, teacher, Target(torch.arange(BATCH) % CLASSES, valid)
 
 
-def build(config, label_smoothing=0.0):
+def build(config, label_smoothing=0.0, dtype=torch.float32):
     return build_distiller(
         config,
         student_width=STUDENT_WIDTH,
         teacher_width=TEACHER_WIDTH,
         classes=CLASSES,
         label_smoothing=label_smoothing,
+        dtype=dtype,
     )
 
 
@@ -144,6 +145,19 @@ def test_kdav_ids_remember_the_teacher_s_class(batch):
     distiller = measured(KDAVConfig(name="kdav", posterior="ids", memory_length=6), teacher, target)
     assert distiller(student, teacher, target).total.isfinite()
     assert torch.equal(distiller.memory.posterior, teacher.logits[:6].argmax(1))
+
+
+def test_kdav_in_bf16_stays_near_float32(batch):
+    student, teacher, target = batch
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        distiller = build(KDAVConfig(name="kdav", memory_length=8), dtype=dtype)
+        distiller.measure(teacher, target)
+        distiller.finish_measuring()
+        losses[dtype] = distiller(student, teacher, target).total
+        assert distiller.memory.embedding.dtype == dtype
+        assert losses[dtype].dtype == torch.float32
+    torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.03, atol=0.03)
 
 
 def test_state_holds_the_memory_but_not_the_student_s_head():

@@ -8,19 +8,7 @@ from hypothesis import strategies as st
 from kdav_fast import KDAVLoss, kdav_loss
 from kdav_fast.kernels.reference import reference_terms
 
-
-def make_inputs(batch=5, width=8, length=12, classes=4, *, ids=False, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    memory = torch.nn.functional.normalize(normal(length, width), dim=1)
-    if ids:
-        posterior = torch.randint(classes, (length,), generator=generator)
-    else:
-        posterior = torch.softmax(normal(length, classes), dim=1)
-    return [normal(batch, width), normal(batch, width), normal(batch, classes), memory, posterior]
+from .inputs import make_inputs
 
 
 def by_the_book(z, t, g, memory, posterior, kappa_student, kappa_teacher, temperature, eps=1e-8):
@@ -204,7 +192,8 @@ def test_unusable_inputs_are_named(change, filled, error, message):
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"eps": float("nan")}, "eps is nan"),
         ({"reduction": "max"}, "reduction is 'max'; allowed: 'mean', 'none', 'sum'"),
-        ({"impl": "cuda"}, "impl is 'cuda'; allowed: 'auto', 'reference'"),
+        ({"workspace_bytes": 0}, "workspace_bytes is 0"),
+        ({"impl": "cuda"}, "impl is 'cuda'; allowed: 'auto', 'reference', 'chunked', 'triton', 'compile'"),
     ],
 )
 def test_unusable_settings_are_named(keywords, message):

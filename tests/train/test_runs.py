@@ -234,6 +234,13 @@ def test_the_folder_of_another_config_is_refused_and_kept(small_config, tmp_path
         ({"teacher": {"name": "cifar:resnet8"}, "distiller": {"name": "kd"}}, "the teacher has no weights"),
         ({"data": {"train_subset": 9999}}, "data.train_subset is 9999"),
         ({"data": {"name": "folder", "root": "nowhere"}}, "nowhere is not a folder"),
+        (
+            {
+                "teacher": {"name": "cifar:resnet8", "checkpoint": "x"},
+                "distiller": {"name": "kdav", "impl": "triton"},
+            },
+            "distiller.impl is 'triton' but the device is 'cpu'",
+        ),
         ({"model": {"name": "cifar:resnet9"}}, "unknown model 'cifar:resnet9'"),
     ],
 )

@@ -1,0 +1,92 @@
+"""Times, peak memory and the rates of the device, for every benchmark alike."""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median with 20th and 80th percentiles."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "median_s": statistics.median(ordered),
+        "p20_s": ordered[round(0.2 * last)],
+        "p80_s": ordered[round(0.8 * last)],
+    }
+
+
+def once(make: Callable[[], Callable[[], object]], device: torch.device) -> float:
+    """Seconds of one call of what `make` returns: device events on a GPU, the host's clock elsewhere."""
+    function = make()
+    if device.type != "cuda":
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    makers: dict[str, Callable[[], Callable[[], object]]],
+    device: torch.device,
+    seconds: float,
+    fewest: int = 7,
+) -> dict[str, dict[str, float]]:
+    """Times of all in turn, so that what else the machine does falls on each alike.
+
+    Each maker returns the function to time; what the maker itself does is not in the time.
+    """
+    for make in makers.values():
+        make()()  # compiles, allocates
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    stop = time.perf_counter() + seconds
+    while time.perf_counter() < stop or len(next(iter(times.values()))) < fewest:
+        for name, make in makers.items():
+            times[name].append(once(make, device))
+    return {name: quantiles(values) for name, values in times.items()}
+
+
+def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:
+    """Most bytes held during a call beyond those held before it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        anchor = torch.empty(64)  # so that the record starts with the bytes held before
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = [e for e in json.loads(path.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    held = [e["args"]["Total Allocated"] for e in sorted(events, key=lambda e: e["ts"])]
+    return max(held) - held[0] + anchor.nbytes
+
+
+def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Rates measured now: FLOP/s of a large matrix product in `dtype`, bytes/s (read plus written) of a copy."""
+    size, length = (8192, 2**28) if device.type == "cuda" else (1536, 2**25)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.randn(length, device=device)
+    target = torch.empty_like(source)
+    times = interleaved(
+        {"product": lambda: lambda: a @ b, "copy": lambda: lambda: target.copy_(source)}, device, 1.0, 5
+    )
+    return {
+        "flops_per_s": 2 * size**3 / times["product"]["median_s"],
+        "bytes_per_s": 2 * source.nbytes / times["copy"]["median_s"],
+    }

@@ -1,0 +1,126 @@
+"""The implementations by name, and which of them `impl="auto"` takes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kdav_fast.kernels.chunked import chunked_terms
+from kdav_fast.kernels.reference import reference_terms
+
+Terms = Callable[..., tuple[Tensor, Tensor]]
+Posterior = Literal["dense", "ids"]
+
+
+@functools.cache
+def _compiled_reference() -> Terms:
+    return torch.compile(reference_terms)
+
+
+def compiled_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`reference_terms` through torch.compile; the first call with new shapes takes the time to compile."""
+    return _compiled_reference()(*args, **settings)
+
+
+def fused_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+    """`triton_kdav.triton_terms`; Triton is imported here because not every system without a GPU has it."""
+    from kdav_fast.kernels.triton_kdav import triton_terms
+
+    return triton_terms(*args, **settings)
+
+
+IMPLEMENTATIONS: dict[str, Terms] = {
+    "reference": reference_terms,
+    "chunked": chunked_terms,
+    "triton": fused_terms,
+    "compile": compiled_terms,
+}
+
+
+class Rule(NamedTuple):
+    """One line of the table: where all of its conditions hold, `name` is taken."""
+
+    device: str
+    name: str
+    reason: str
+    dtypes: tuple[torch.dtype, ...] | None = None
+    largest_width: int | None = None
+    largest_work: int | None = None
+    """Of batch x width x length."""
+    largest_similarities: int | None = None
+    """Of batch x length."""
+
+
+HALF = (torch.float16, torch.bfloat16)
+
+# The CPU lines were measured (benchmarks/results/loss_kernel_cpu.json), on a busy machine and with wide spreads:
+# the reference has the lower median at three of four shapes with batch x length 2^19 or less, chunked at 2^21.
+# At 2^24 chunked is level with the reference in a fifth of its memory. torch.compile is faster there, but takes
+# long to compile and memory that grows with L, so that only the user picks it.
+# The CUDA lines were NOT measured: no GPU was at hand. They follow from counts of work and bytes (DESIGN section
+# 5): the fused kernels do 11 units of 2 B L d FLOP against 9 chunked, in 5 launches against 10 or more a slice.
+# Up to 4 times shape A (B 256, d 512, L 16384) those launches should cost more than the 2 units.
+TABLE = (
+    Rule(
+        "cuda",
+        "triton",
+        "width <= 512 and batch x width x length <= 2^33: few launches count for more than recomputed "
+        "similarities (by analysis, not measured)",
+        dtypes=HALF,
+        largest_width=512,
+        largest_work=2**33,
+    ),
+    Rule("cuda", "chunked", "matrix products by cuBLAS, memory bounded (by analysis, not measured)"),
+    Rule(
+        "cpu",
+        "reference",
+        "batch x length <= 2^20: it takes fewer calls and its memory is still small (measured)",
+        largest_similarities=2**20,
+    ),
+    Rule(
+        "cpu",
+        "chunked",
+        "batch x length > 2^20: not slower than the reference, and memory bounded (measured)",
+    ),
+)
+
+
+def explain_choice(
+    device: torch.device | str,
+    batch: int,
+    width: int,
+    length: int,
+    classes: int,
+    dtype: torch.dtype,
+    posterior: Posterior,
+) -> tuple[str, str]:
+    """The implementation that `impl="auto"` takes for these inputs, and why.
+
+    Args:
+        device: of the tensors.
+        batch, width, length, classes: B, d, L, K of DESIGN section 2.
+        dtype: widest of the embeddings'.
+        posterior: "dense" class probabilities or class "ids". Neither it nor K decides anything so far.
+    """
+    kind = torch.device(device).type
+    for rule in TABLE:
+        fits = (
+            rule.device == kind
+            and (rule.dtypes is None or dtype in rule.dtypes)
+            and (rule.largest_width is None or width <= rule.largest_width)
+            and (rule.largest_work is None or batch * width * length <= rule.largest_work)
+            and (rule.largest_similarities is None or batch * length <= rule.largest_similarities)
+        )
+        if fits:
+            return rule.name, rule.reason
+    return "chunked", f"memory bounded; nothing was measured on {kind!r}"
+
+
+def choose(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor) -> str:
+    """`explain_choice` for tensors."""
+    dtype = functools.reduce(torch.promote_types, (teacher.dtype, memory.dtype), student.dtype)
+    kind: Posterior = "dense" if posterior.ndim == 2 else "ids"
+    name, _ = explain_choice(student.device, *student.shape, memory.shape[0], logits.shape[1], dtype, kind)
+    return name
