@@ -1,6 +1,7 @@
 """What several test modules need: small runs on the digits, and where GPU tests run."""
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,10 @@ import pytest
 import torch
 
 from kdav_fast.config import Config, parse_config
+
+if not torch.cuda.is_available():
+    # Triton's kernels are interpreted. It reads the variable when it is imported, which many test modules do.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -30,7 +30,7 @@ def build_distiller(
     """
     if isinstance(config, KDAVConfig):
         return KDAVDistiller(
-            config, student_width=student_width, teacher_width=teacher_width, classes=classes
+            config, student_width=student_width, teacher_width=teacher_width, classes=classes, dtype=dtype
         )
     if isinstance(config, KDConfig):
         return KDDistiller(config.alpha, config.temperature, label_smoothing)
