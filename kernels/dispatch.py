@@ -55,10 +55,10 @@ class Rule(NamedTuple):
 
 HALF = (torch.float16, torch.bfloat16)
 
-# The CPU lines were measured (benchmarks/results/loss_kernel_cpu.json), on a busy machine and with wide spreads:
-# the reference has the lower median at three of four shapes with batch x length 2^19 or less, chunked at 2^21.
-# At 2^24 chunked is level with the reference in a fifth of its memory. torch.compile is faster there, but takes
-# long to compile and memory that grows with L, so that only the user picks it.
+# The CPU lines were measured (benchmarks/results/loss_kernel_cpu.json): the reference is ahead at batch x length
+# 2^19 and below; chunked is level with it at 2^21 and ahead by 7 to 12 % at 2^24, in a fifth of its memory.
+# torch.compile is faster than both, but takes long to compile and memory that grows with L, so that only the user
+# picks it.
 # The CUDA lines were NOT measured: no GPU was at hand. They follow from counts of work and bytes (DESIGN section
 # 5): the fused kernels do 11 units of 2 B L d FLOP against 9 chunked, in 5 launches against 10 or more a slice.
 # Up to 4 times shape A (B 256, d 512, L 16384) those launches should cost more than the 2 units.
