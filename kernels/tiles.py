@@ -62,7 +62,7 @@ TILES: dict[str, dict[str, dict[torch.dtype, Tile]]] = {
         "membership": dict.fromkeys((BF16, FP16), Tile(64, 128, 64, num_stages=3))
         | {FP32: Tile(64, 64, 32, num_warps=4)},
         "dense": dict.fromkeys((BF16, FP16), Tile(64, 64, 64, 256)) | {FP32: Tile(64, 32, 32, 128)},
-        "ids": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 512)) | {FP32: Tile(64, 32, 32, 64)},
+        "ids": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 512)) | {FP32: Tile(64, 16, 32, 128)},
         "gradient": dict.fromkeys((BF16, FP16), Tile(64, 32, 64, 64, 512))
         | {FP32: Tile(64, 32, 32, 32, 128)},
     },
