@@ -1,24 +1,26 @@
 """Times, peak memory and the rates of the device, for every benchmark alike."""
 
 import json
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 
-def quantiles(values: list[float]) -> dict[str, float]:
-    """Median with 20th and 80th percentiles."""
+def quantiles(values: list[float], unit: str = "s") -> dict[str, float]:
+    """Median with 20th and 80th percentiles, under keys that end with the unit."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return {
-        "median_s": statistics.median(ordered),
-        "p20_s": ordered[round(0.2 * last)],
-        "p80_s": ordered[round(0.8 * last)],
+        f"median_{unit}": statistics.median(ordered),
+        f"p20_{unit}": ordered[round(0.2 * last)],
+        f"p80_{unit}": ordered[round(0.8 * last)],
     }
 
 
@@ -55,6 +57,28 @@ def interleaved(
         for name, make in makers.items():
             times[name].append(once(make, device))
     return {name: quantiles(values) for name, values in times.items()}
+
+
+def cpu_seconds() -> float:
+    """Processor time so far of this process and of its live `multiprocessing` children."""
+    children = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
+    times = [process.cpu_times() for process in (psutil.Process(), *children)]
+    return sum(spent.user + spent.system for spent in times)
+
+
+def wait_until_idle(most: float = 120.0) -> None:
+    """Return when neither this process's threads nor its children work any more.
+
+    Raises:
+        RuntimeError: they still do after `most` seconds.
+    """
+    stop, step = time.monotonic() + most, 0.2
+    while time.monotonic() < stop:
+        before = cpu_seconds()
+        time.sleep(step)
+        if cpu_seconds() - before < 0.1 * step:
+            return
+    raise RuntimeError(f"background work did not end within {most:.0f} s")
 
 
 def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> int:

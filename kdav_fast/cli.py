@@ -1,4 +1,7 @@
-"""The `kdav` command. Exit codes: 0 done, 2 bad input, 75 stopped by a signal with the state saved."""
+"""The `kdav` command.
+
+Exit codes: 0 done, 2 bad input, 75 stopped by a signal with the state saved, 130 a check broken off by Ctrl-C.
+"""
 
 import argparse
 import json
@@ -11,6 +14,7 @@ from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError
 
 BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kdav", description="Distil a large image classifier into a small one.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def add(name: str, command, summary: str) -> argparse.ArgumentParser:
+    def add(name: str, command, summary: str, commands=commands) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=summary, description=summary)
         sub.set_defaults(command=command)
         return sub
@@ -87,6 +91,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--loss-dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     sub.add_argument("--posterior", choices=("dense", "ids"), default="dense")
+
+    data = commands.add_parser("data", help="Look after data sets: see 'kdav data --help'.")
+    data_commands = data.add_subparsers(required=True, metavar="COMMAND")
+    sub = add("check", _check_data, "Examine every image of a data set, and its folders.", data_commands)
+    sub.add_argument("folder", type=Path, metavar="FOLDER", help="data.root")
+    add_overrides(sub)
+    sub.add_argument(
+        "--decode", action="store_true", help="decode every pixel, not only what files begin and end with"
+    )
+    sub.add_argument(
+        "--quarantine", type=Path, metavar="FILE", help="write the defective images for data.skip_list"
+    )
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument(
+        "--workers", type=_count, help="threads (default: 16, or the number of cores with --decode)"
+    )
 
     sub = add("demo", _demo, "Distil handwritten digits three ways in a few minutes.")
     sub.add_argument("--run-dir", type=Path, default=Path("runs/demo"))
@@ -167,6 +187,32 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         print_diagnosis(findings, Console())
     return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from kdav_fast.data.checks.survey import config_of, survey
+
+    try:
+        found = survey(config_of(options.folder, options.overrides), options.decode, options.workers)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    if options.quarantine:
+        found.write_quarantine(options.quarantine)
+    if options.json:
+        print(json.dumps(found.as_json()))
+    else:
+        for line in found.lines():
+            print(line)
+    found.require_no_problems(options.folder, options.quarantine)
+    if not options.json:
+        print(f"{options.folder}: {found.summary()}")
+    return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number of at least 1")
+    return int(text)
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.student_file import read_student
 from kdav_fast.train.distributed import Cluster, start_cluster
 from kdav_fast.train.meter import correct_counts
-from kdav_fast.train.precision import autocast, autocast_dtype
+from kdav_fast.train.precision import autocast, autocast_dtype, check_image_dtype
 
 
 class Accuracy(NamedTuple):
@@ -74,17 +74,20 @@ def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
         InputError: a file or folder cannot be used, or the data has other classes than the student.
     """
     student, card = read_student(path)
-    raw = {"data": card.data.model_dump(mode="json")}
+    # Whatever the images were in training: the machine here may not compute in halves.
+    raw = {"data": card.data.model_dump(mode="json") | {"dtype": "fp32"}}
     apply_overrides(raw, overrides)
     config = parse_config(raw)
     cluster = start_cluster(config.device)
-    images = open_evaluation_images(config.data)
+    dtype = autocast_dtype(config.train.precision, cluster.device)
+    check_image_dtype(config.data.dtype, dtype)
+    images = open_evaluation_images(config.data, card.classes)
     if images.classes != card.classes:
         raise InputError(
             f"{images.root / images.split} has {len(images.classes)} classes ({_some(images.classes)}), but "
             f"{path} knows {len(card.classes)} ({_some(card.classes)}); give the data set it was trained for"
         )
-    check_images(images)
+    check_images(images, config.data.max_pixels)
     loader = build_evaluation_loader(
         config.data,
         images,
@@ -93,7 +96,7 @@ def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
         normalization=card.normalization,
     )
     student = student.to(cluster.device, memory_format=torch.channels_last)
-    return evaluate(student, loader, cluster, autocast_dtype(config.train.precision, cluster.device))
+    return evaluate(student, loader, cluster, dtype)
 
 
 def _some(classes: tuple[str, ...]) -> str:

@@ -4,24 +4,30 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from kdav_fast.config import DataConfig
 from kdav_fast.data.batch import Batch, Loader
-from kdav_fast.data.check import check_images
-from kdav_fast.data.digits import prepare_digits
+from kdav_fast.data.checks.start import check_images
 from kdav_fast.data.epoch_loader import EpochLoader
-from kdav_fast.data.folder import ImageFolder, open_evaluation_folder, open_folder, take_subset
-from kdav_fast.data.preprocessing import Normalization, evaluation_preprocessing, training_preprocessing
+from kdav_fast.data.image_set import ImageSet
+from kdav_fast.data.preprocessing import (
+    Normalization,
+    Preprocessing,
+    evaluation_preprocessing,
+    pixel_preprocessing,
+    resident_preprocessing,
+    training_preprocessing,
+)
+from kdav_fast.data.resident import decode_once
+from kdav_fast.data.sources import Images, open_evaluation_images, open_images
 from kdav_fast.errors import InputError
 
 __all__ = [
     "Batch",
     "DataSets",
-    "ImageFolder",
+    "ImageSet",
     "Images",
     "Loader",
     "build_evaluation_loader",
@@ -31,54 +37,22 @@ __all__ = [
     "open_images",
 ]
 
-
-class Images(NamedTuple):
-    """The files of a data set, indexed but not opened."""
-
-    train: ImageFolder
-    """After `data.train_subset`."""
-    evaluation: ImageFolder
-    """`val/`, or `test/` where there is no `val/`."""
+_DECODE_BATCH = 256
 
 
 @dataclass(frozen=True)
 class DataSets:
-    """The loaders of one rank. None of them works before its first batch is asked for."""
+    """The loaders of one rank. Unless images are resident, none works before its first batch is asked for."""
 
     train: Loader
     """Shuffled and augmented."""
     evaluation: Loader
-    """`val/` or `test/`, in order."""
+    """The evaluation split, in order."""
     measure: Callable[[], Loader]
     """Makes a loader of the training images as the evaluation sees them, in order: to measure statistics in
     one pass, after which its buffers are not held."""
     classes: tuple[str, ...]
     """Class names; a target is a position in it."""
-
-
-def open_images(config: DataConfig, seed: int) -> Images:
-    """Index the data set of a config. The files are listed, not checked: see `check_images`.
-
-    Args:
-        config: the data section.
-        seed: of the subset.
-
-    Raises:
-        InputError: the folders are not as they must be, or too small for the subset.
-    """
-    train, evaluation = open_folder(_root(config))
-    if config.train_subset is not None:
-        train = take_subset(train, config.train_subset, seed)
-    return Images(train, evaluation)
-
-
-def open_evaluation_images(config: DataConfig) -> ImageFolder:
-    """Index only the evaluation split; there need be no training images.
-
-    Raises:
-        InputError: the folder is not as it must be.
-    """
-    return open_evaluation_folder(_root(config))
 
 
 def build_loaders(
@@ -108,38 +82,54 @@ def build_loaders(
         normalization: mean and std to use; stands above `config.mean` and `config.std`.
 
     Raises:
-        InputError: the wanted way of loading cannot be used, or there are fewer images than ranks.
+        InputError: the wanted way of loading cannot be used, or resident images do not fit or cannot be decoded.
     """
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // local_world)
-    place = {"device": device, "workers": workers, "seed": seed, "rank": rank, "world": world}
-    loader = partial(_loader_class(config, device), **place)
-    train_view = training_preprocessing(config, normalization)
+    make = partial(_loader_class(config, device), device=device, workers=workers)
     evaluation_view = evaluation_preprocessing(config, normalization)
+    train = (images.train, training_preprocessing(config, normalization))
+    evaluation = (images.evaluation, evaluation_view)
+    if config.resident:
+        # torchvision's worker processes cannot read a GPU's memory.
+        place = device if config.loader == "dali" else torch.device("cpu")
+        keep = partial(_keep, make, place=place, local_world=local_world, progress=rank == 0)
+        train, evaluation = keep(*train), keep(*evaluation)
+    shared = partial(make, seed=seed, rank=rank, world=world, on_reshard=config.on_reshard)
     return DataSets(
-        train=loader(images.train, train_view, batch_size=batch_size, shuffle=True),
-        evaluation=loader(images.evaluation, evaluation_view, batch_size=eval_batch_size, shuffle=False),
-        measure=partial(loader, images.train, evaluation_view, batch_size=eval_batch_size, shuffle=False),
+        train=shared(*train, batch_size=batch_size, shuffle=True),
+        evaluation=shared(*evaluation, batch_size=eval_batch_size, shuffle=False),
+        measure=partial(shared, images.train, evaluation_view, batch_size=eval_batch_size, shuffle=False),
         classes=images.train.classes,
     )
 
 
 def build_evaluation_loader(
     config: DataConfig,
-    images: ImageFolder,
+    images: ImageSet,
     *,
     batch_size: int,
     device: torch.device,
     normalization: Normalization,
 ) -> Loader:
-    """One process's loader of an evaluation split, as in `build_loaders`."""
+    """One process's loader of an evaluation split, as in `build_loaders`. It passes once: nothing is resident."""
     workers = config.workers or len(os.sched_getaffinity(0))
     view = evaluation_preprocessing(config, normalization)
     loader_class = _loader_class(config, device)
     return loader_class(images, view, batch_size=batch_size, device=device, workers=workers, shuffle=False)
 
 
-def _root(config: DataConfig) -> Path:
-    return prepare_digits(config.root) if config.name == "digits" else config.root
+def _keep(
+    make: Callable[..., EpochLoader],
+    images: ImageSet,
+    view: Preprocessing,
+    *,
+    place: torch.device,
+    local_world: int,
+    progress: bool,
+) -> tuple[ImageSet, Preprocessing]:
+    """A split in memory, and what remains to be done to its pixels."""
+    decoder = make(images, pixel_preprocessing(view), batch_size=_DECODE_BATCH, shuffle=False)
+    return decode_once(decoder, place, local_world, progress), resident_preprocessing(view)
 
 
 def _loader_class(config: DataConfig, device: torch.device) -> "type[EpochLoader] | partial[EpochLoader]":
@@ -162,5 +152,5 @@ def _loader_class(config: DataConfig, device: torch.device) -> "type[EpochLoader
             f"data.loader is 'dali' but the package nvidia-dali-cuda130 cannot be imported ({error}); install it "
             "or set data.loader=torchvision"
         ) from None
-    on_gpu = device.type == "cuda" and config.decode != "cpu"
-    return partial(DaliLoader, decode="gpu" if on_gpu else "cpu")
+    decode = "gpu" if device.type == "cuda" and config.decode != "cpu" else "cpu"
+    return partial(DaliLoader, decode=decode, hw_decoder_load=config.hw_decoder_load)

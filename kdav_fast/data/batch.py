@@ -10,13 +10,13 @@ class Batch(NamedTuple):
     """B images of one rank. Every batch of a loader has the same B; rows that only fill it up are not valid."""
 
     images: Tensor
-    """B x 3 x S x S, float32, channels_last, normalised by the loader's mean and std."""
+    """B x 3 x S x S, normalised by the loader's mean and std; dtype and memory order as its preprocessing says."""
     target: Tensor
     """B class ids, int64."""
     valid: Tensor
     """B booleans: False marks padding, which must enter no metric and no memory. All may be False."""
     index: Tensor
-    """B int64: which image of the split this is (a position in `ImageFolder.paths`)."""
+    """B int64: which image of the split this is (a position in its `ImageSet`)."""
 
 
 class Loader(Protocol):
@@ -36,5 +36,9 @@ class Loader(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken; `InputError` if it is of another data set or shard count."""
+        """Continue where `state` was taken.
+
+        Raises:
+            InputError: it is of another data set, or of another number of ranks where that is not allowed.
+        """
         ...

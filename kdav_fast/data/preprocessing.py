@@ -1,7 +1,9 @@
 """What happens between a decoded image and the network: one description that every loader implements."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
+
+import torch
 
 from kdav_fast.config import DataConfig
 
@@ -40,8 +42,33 @@ class CenterCrop:
 
 
 @dataclass(frozen=True)
+class RandAugment:
+    """A few random operations of one strength (arXiv 1909.13719)."""
+
+    operations: int
+    """How many an image."""
+    magnitude: int
+    """0..30."""
+
+
+@dataclass(frozen=True)
+class TrivialAugment:
+    """One random operation of random strength, of the wide space (arXiv 2103.10158)."""
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Random brightness, contrast and saturation by factors in 1 +- strength, then hue by +- `hue` turns."""
+
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+
+
+@dataclass(frozen=True)
 class Preprocessing:
-    """Antialiased bilinear resampling and a crop to `size` x `size`, a flip, a normalisation."""
+    """Antialiased bilinear resampling and a crop to `size` x `size`, colours, a flip, a normalisation."""
 
     size: int
     crop: RandomResizedCrop | PaddedCrop | CenterCrop
@@ -49,6 +76,13 @@ class Preprocessing:
     """Mirror every second image, at random."""
     mean: Triple
     std: Triple
+    augment: RandAugment | TrivialAugment | None = None
+    jitter: ColorJitter | None = None
+    """After `augment`."""
+    dtype: torch.dtype = torch.float32
+    """float32, float16 or bfloat16; uint8 leaves the pixels as they are, 0..255."""
+    channels_last: bool = True
+    """Memory order: NHWC, or NCHW."""
 
 
 def training_preprocessing(config: DataConfig, normalization: Normalization) -> Preprocessing:
@@ -58,12 +92,17 @@ def training_preprocessing(config: DataConfig, normalization: Normalization) -> 
         "padded": PaddedCrop(config.crop_padding),
         "none": CenterCrop(config.image_size),
     }
-    return Preprocessing(
-        config.image_size,
-        crops[config.crop],
-        config.flip,
-        tuple(normalization.mean),
-        tuple(normalization.std),
+    augmentations = {
+        "none": None,
+        "rand_augment": RandAugment(config.rand_augment_ops, config.rand_augment_magnitude),
+        "trivial_augment": TrivialAugment(),
+    }
+    return replace(
+        _fixed(config, CenterCrop(config.image_size), normalization),
+        crop=crops[config.crop],
+        flip=config.flip,
+        augment=augmentations[config.auto_augment],
+        jitter=ColorJitter(*config.color_jitter) if any(config.color_jitter) else None,
     )
 
 
@@ -72,6 +111,33 @@ def evaluation_preprocessing(config: DataConfig, normalization: Normalization) -
     resize = config.eval_resize
     if resize is None:
         resize = round(config.image_size / 0.875) if config.crop == "random_resized" else config.image_size
+    return _fixed(config, CenterCrop(resize), normalization)
+
+
+def pixel_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
+    """The bytes that a resident set keeps, from which the crop of `preprocessing` can still be taken."""
+    crop = (
+        preprocessing.crop if isinstance(preprocessing.crop, CenterCrop) else CenterCrop(preprocessing.size)
+    )
+    return Preprocessing(preprocessing.size, crop, False, (0.0,) * 3, (1.0,) * 3, dtype=torch.uint8)
+
+
+def resident_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
+    """What remains to be done to the bytes that `pixel_preprocessing` makes."""
+    if isinstance(preprocessing.crop, CenterCrop):
+        return replace(preprocessing, crop=CenterCrop(preprocessing.size))
+    return preprocessing
+
+
+def _fixed(config: DataConfig, crop: CenterCrop, normalization: Normalization) -> Preprocessing:
+    """Without anything random."""
+    dtypes = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
     return Preprocessing(
-        config.image_size, CenterCrop(resize), False, tuple(normalization.mean), tuple(normalization.std)
+        config.image_size,
+        crop,
+        False,
+        tuple(normalization.mean),
+        tuple(normalization.std),
+        dtype=dtypes[config.dtype],
+        channels_last=config.layout == "channels_last",
     )

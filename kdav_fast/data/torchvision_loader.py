@@ -1,8 +1,9 @@
-"""The plain reference: PIL, torchvision's transforms and a `torch.utils.data.DataLoader`."""
+"""The plain reference: Pillow, torchvision's transforms and a `torch.utils.data.DataLoader`."""
 
 import gc
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,59 +11,63 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from kdav_fast.data.batch import Batch
-from kdav_fast.data.check import decoding_defects, defects_error
+from kdav_fast.data.checks.start import decoding_defects, defects_error
 from kdav_fast.data.epoch_loader import EpochLoader
-from kdav_fast.data.folder import ImageFolder
-from kdav_fast.data.preprocessing import CenterCrop, PaddedCrop, Preprocessing, RandomResizedCrop
+from kdav_fast.data.image_set import EncodedImages, PixelImages
+from kdav_fast.data.order import EpochOrder
+from kdav_fast.data.preprocessing import (
+    CenterCrop,
+    ColorJitter,
+    PaddedCrop,
+    Preprocessing,
+    RandAugment,
+    RandomResizedCrop,
+    TrivialAugment,
+)
 
 
 class TorchvisionLoader(EpochLoader):
     """Decodes in worker processes, for clarity and not for speed.
 
-    The order follows from (seed, epoch) and an image's augmentation from (seed, epoch, place), so epoch and
-    step are the whole state and the number of workers changes nothing. See `EpochLoader` for arguments.
+    An image's augmentation follows from (seed, epoch, place), so epoch and step are the whole state and the
+    number of workers changes nothing. See `EpochLoader` for arguments.
     """
 
     name = "torchvision"
     _loader: DataLoader | None = None
 
-    def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[Batch]:
+    def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[torch.Tensor]:
         if self._loader is None:
             self._loader = self._build()
-        batches = self._batches(epoch)[step:]
+        batches = self.order.places(epoch)[step:]
         self._loader.batch_sampler.batches = [
             [(epoch, place) for place in batch] for batch in batches.tolist()
         ]
         loaded = iter(self._loader)
-        for position, batch in enumerate(batches, step):
+        for places in batches:
             try:
-                images, place = next(loaded)
+                images = next(loaded)
             except Exception as error:
                 # A worker's exception carries its traceback in its text; the user needs the file.
-                defects = decoding_defects(self.folder, self._image_at[batch].tolist())
+                defects = decoding_defects(self.images, self.order.images_at(places).tolist())
                 if not defects:
                     raise
                 # Frame and exception refer to each other and would keep the workers alive.
                 traceback.clear_frames(error.__traceback__)
-                raise defects_error(self.folder, defects) from None
-            yield self._batch(images, place, position)
+                raise defects_error(self.images, defects) from None
+            yield images
 
-    def _batches(self, epoch: int) -> np.ndarray:
-        """steps x B places in the order."""
-        order = np.arange(len(self._image_at))
-        if self.shuffle:
-            order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        return self.shard.batches(order)
+    def _restore(self, state: dict[str, Any] | None) -> None:
+        """Epoch and step are the whole state."""
 
     def _build(self) -> DataLoader:
         # A forked worker would collect garbage that it inherits, and hang where that owns threads, as a
         # discarded DALI pipeline does: they run in the parent only.
         gc.collect()
         return DataLoader(
-            _Images(self.folder, self._image_at, self.preprocessing, self.seed),
+            _Images(self.images, self.order, self.preprocessing),
             batch_sampler=_Batches(),
-            collate_fn=_collate,
+            collate_fn=_Collate(self.preprocessing.channels_last),
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self.device.type == "cuda",
@@ -84,43 +89,80 @@ class _Batches:
 
 class _Images(Dataset):
     def __init__(
-        self, folder: ImageFolder, image_at: np.ndarray, preprocessing: Preprocessing, seed: int
+        self, images: EncodedImages | PixelImages, order: EpochOrder, preprocessing: Preprocessing
     ) -> None:
-        self._folder = folder
-        self._image_at = image_at
-        self._transform = _transform(preprocessing)
-        self._seed = seed
+        self._images = images
+        self._order = order
+        self._transform = transform(preprocessing)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
         epoch, place = key
         # torchvision draws from the worker's default generator. (`torch.manual_seed` would also queue a
         # seed for every CUDA device, each time.)
-        seed = np.random.SeedSequence((self._seed, epoch, place)).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence((self._order.seed, epoch, place)).generate_state(1, np.uint64)[0]
         torch.default_generator.manual_seed(int(seed))
-        with Image.open(self._folder.root / self._folder.paths[self._image_at[place]]) as image:
-            return self._transform(image.convert("RGB")), place
+        position = int(self._order.images_at(place))
+        if isinstance(self._images, PixelImages):
+            return self._transform(Image.fromarray(self._images.pixels[position].numpy()))
+        with self._images.open(position) as file, Image.open(file) as image:
+            return self._transform(_rgb(image))
 
 
-def _transform(preprocessing: Preprocessing) -> v2.Compose:
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16 bits of grey: Pillow would cut off what does not fit into 8, DALI keeps the high ones.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def transform(preprocessing: Preprocessing) -> v2.Compose:
+    """From a PIL image to the network's input."""
+    steps = [
+        *_crop(preprocessing),
+        *_augment(preprocessing.augment),
+        *_jitter(preprocessing.jitter),
+        *([v2.RandomHorizontalFlip()] if preprocessing.flip else []),
+        v2.PILToTensor(),
+    ]
+    if preprocessing.dtype != torch.uint8:
+        steps += [
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(preprocessing.mean, preprocessing.std),
+            v2.ToDtype(preprocessing.dtype),
+        ]
+    return v2.Compose(steps)
+
+
+def _crop(preprocessing: Preprocessing) -> list[v2.Transform]:
     size = preprocessing.size
     match preprocessing.crop:
         case RandomResizedCrop(area, aspect_ratio):
-            crop = [v2.RandomResizedCrop(size, area, aspect_ratio)]
+            return [v2.RandomResizedCrop(size, area, aspect_ratio)]
         case PaddedCrop(padding):
-            crop = [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding)]
+            return [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding)]
         case CenterCrop(resize):
-            crop = [v2.Resize(resize), v2.CenterCrop(size)]
-    return v2.Compose(
-        [
-            *crop,
-            *([v2.RandomHorizontalFlip()] if preprocessing.flip else []),
-            v2.PILToTensor(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(preprocessing.mean, preprocessing.std),
-        ]
-    )
+            return [v2.Resize(resize), v2.CenterCrop(size)]
 
 
-def _collate(samples: list[tuple[torch.Tensor, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    images, places = zip(*samples, strict=True)
-    return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.tensor(places)
+def _augment(augment: RandAugment | TrivialAugment | None) -> list[v2.Transform]:
+    match augment:
+        case RandAugment(operations, magnitude):
+            return [v2.RandAugment(operations, magnitude)]
+        case TrivialAugment():
+            return [v2.TrivialAugmentWide()]
+        case None:
+            return []
+
+
+def _jitter(jitter: ColorJitter | None) -> list[v2.Transform]:
+    if jitter is None:
+        return []
+    return [v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)]
+
+
+class _Collate:
+    def __init__(self, channels_last: bool) -> None:
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: list[torch.Tensor]) -> torch.Tensor:
+        return torch.stack(images).contiguous(memory_format=self._format)

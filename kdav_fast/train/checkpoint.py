@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -36,7 +37,7 @@ def save_checkpoint(parts: "Parts", step: int) -> None:
     cluster.barrier()
     parts.engine.save_checkpoint(str(temporary), tag=_ENGINE)
     rank_state = {"loader": parts.loaders.train.state_dict(), "random": _random_state(cluster)}
-    _rank_file(temporary, cluster).write_text(json.dumps(rank_state), encoding="utf-8")
+    _rank_file(temporary, cluster.rank).write_text(json.dumps(rank_state), encoding="utf-8")
     if cluster.is_first:
         write_student(temporary / FILE_NAME, parts.evaluated_student.weights(), parts.card(step))
         _save_state(parts.distiller, temporary / "distiller.safetensors")
@@ -56,28 +57,51 @@ def save_checkpoint(parts: "Parts", step: int) -> None:
 def restore_checkpoint(parts: "Parts") -> int:
     """Restore the newest checkpoint into `parts`; returns its step, 0 if there is none.
 
+    With `data.on_reshard=restart_epoch`, a checkpoint of another number of processes is continued too: the
+    loaders begin its epoch anew, and the random states of mixing follow from seed, step and rank.
+
     Raises:
-        InputError: it was written by another number of processes.
+        InputError: it was written by another number of processes and that is not allowed.
     """
     saved = _saved(parts.run_dir)
     if not saved:
         return 0
     folder, cluster = saved[-1], parts.cluster
     state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    if state["world"] != cluster.world:
-        raise InputError(
-            f"{folder} was written by {state['world']} processes and this run has {cluster.world}; "
-            f"continue with {state['world']}, or start anew in another run_dir"
-        )
+    resharded = state["world"] != cluster.world
+    if resharded:
+        _require_resharding(parts, folder, state["world"])
     parts.engine.load_checkpoint(str(folder), tag=_ENGINE)
     device = str(cluster.device)
     parts.distiller.load_state_dict(load_file(folder / "distiller.safetensors", device=device))
     if parts.average is not None:
         parts.average.load_state_dict(load_file(folder / "average.safetensors", device=device))
-    rank_state = json.loads(_rank_file(folder, cluster).read_text(encoding="utf-8"))
+    # What the loaders need of another number of ranks, the first one's file tells as well.
+    rank_file = _rank_file(folder, 0 if resharded else cluster.rank)
+    rank_state = json.loads(rank_file.read_text(encoding="utf-8"))
     parts.loaders.train.load_state_dict(rank_state["loader"])
-    _restore_random_state(rank_state["random"], cluster)
+    if resharded:
+        entropy = (parts.config.train.seed, state["step"], cluster.rank)
+        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+        cluster.say(
+            f"{folder} was written by {state['world']} processes; {cluster.world} continue it, beginning its epoch anew"
+        )
+    else:
+        _restore_random_state(rank_state["random"], cluster)
     return state["step"]
+
+
+def _require_resharding(parts: "Parts", folder: Path, written_by: int) -> None:
+    here, train = parts.cluster.world, parts.config.train
+    message = (
+        f"{folder} was written by {written_by} processes and this run has {here}; continue with {written_by}"
+    )
+    if train.zero_stage > 0:
+        raise InputError(
+            f"{message}: with train.zero_stage={train.zero_stage} each holds a part of the optimizer"
+        )
+    if parts.config.data.on_reshard == "refuse":
+        raise InputError(f"{message}, set data.on_reshard=restart_epoch, or start anew in another run_dir")
 
 
 def _save_state(module: nn.Module, file: Path) -> None:
@@ -90,8 +114,8 @@ def _saved(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / CHECKPOINTS).glob("step-*") if path.suffix != ".tmp")
 
 
-def _rank_file(folder: Path, cluster: Cluster) -> Path:
-    return folder / f"rank-{cluster.rank:05d}.json"
+def _rank_file(folder: Path, rank: int) -> Path:
+    return folder / f"rank-{rank:05d}.json"
 
 
 def _random_state(cluster: Cluster) -> dict[str, str]:

@@ -26,7 +26,8 @@ def build_mix(config: TrainConfig, classes: int) -> Mix:
 
     def mix(batch: Batch) -> tuple[Tensor, Target]:
         images, mixed = mixers(batch.images, batch.target)
-        images = images.contiguous(memory_format=torch.channels_last)
+        if batch.images.is_contiguous(memory_format=torch.channels_last):
+            images = images.contiguous(memory_format=torch.channels_last)
         return images, Target(batch.target, batch.valid, mixed)
 
     return mix

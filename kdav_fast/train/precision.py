@@ -26,6 +26,14 @@ def autocast_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.dev
     return torch.bfloat16 if precision == "bf16" else None
 
 
+def check_image_dtype(images: Literal["fp32", "fp16", "bf16"], dtype: torch.dtype | None) -> None:
+    """Raise `InputError` if networks that compute in `dtype` (None: float32) cannot take such images."""
+    if images != "fp32" and dtype is None:
+        raise InputError(
+            f"data.dtype is '{images}' but the networks compute in fp32; use data.dtype=fp32 or train.precision=bf16"
+        )
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """The context in which a network outside the engine (teacher, evaluation) runs."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -10,7 +10,16 @@ from kdav_fast.errors import InputError
 
 _FILE = "config.yaml"
 # These say where and how fast a run runs, not what it computes: they may change on a restart.
-_FREE = {"run_dir", "device", "data.root", "data.workers", "train.keep_checkpoints"}
+_FREE = {
+    "run_dir",
+    "device",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "data.hw_decoder_load",
+    "data.on_reshard",
+    "train.keep_checkpoints",
+}
 
 
 def check_run_folder(config: Config) -> None:

@@ -18,7 +18,7 @@ from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.engine import build_engine, micro_batch_size
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import autocast_dtype
+from kdav_fast.train.precision import autocast_dtype, check_image_dtype
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.teacher import FrozenTeacher
 
@@ -89,13 +89,14 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
             f"{train.accumulate} it must be a multiple of {per_step}"
         )
     dtype = autocast_dtype(train.precision, device)
+    check_image_dtype(config.data.dtype, dtype)
     if getattr(config.distiller, "impl", None) == "triton" and device.type != "cuda":
         raise InputError(
             f"distiller.impl is 'triton' but the device is '{device.type}'; the fused kernels need a GPU: "
             "use distiller.impl=auto"
         )
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
-    cluster.on_first(lambda: [check_images(split) for split in images])
+    cluster.on_first(lambda: [check_images(split, config.data.max_pixels) for split in images])
     classes = images.train.classes
 
     torch.manual_seed(train.seed)  # the same initial weights on every rank

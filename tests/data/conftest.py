@@ -1,4 +1,6 @@
+import io
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,14 @@ import torch
 from PIL import Image
 
 from kdav_fast.data.dali import DaliLoader
-from kdav_fast.data.folder import ImageFolder
+from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.preprocessing import CenterCrop, Preprocessing
+from kdav_fast.data.resident import ResidentImages
+from kdav_fast.data.sources.folder import ImageFolder
+from kdav_fast.data.sources.tar_shards import open_shards
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
 
-BLACK_TO_WHITE = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+BLACK_TO_WHITE = {"flip": False, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +46,7 @@ def make_split(tmp_path, save_image):
         paths = tuple(f"{split}/{i:04d}.{suffix}" for i in range(len(images)))
         for path, pixels in zip(paths, images, strict=True):
             save_image(tmp_path / path, pixels)
-        return ImageFolder(tmp_path, split, ("a", "b", "c"), paths, np.arange(len(images)) % 3)
+        return ImageFolder(tmp_path, split, ("a", "b", "c"), np.arange(len(images)) % 3, paths)
 
     return make
 
@@ -59,14 +64,47 @@ def loader_class(request):
 
 @pytest.fixture
 def make_loader(loader_class):
-    """A loader of 8 x 8 images in 0..1, one worker, CPU, unless told otherwise."""
+    """A loader of 8 x 8 images in 0..1, one worker, CPU, unless told otherwise; `view`: of `Preprocessing`."""
 
-    def make(folder, loader_class=loader_class, size=8, crop=None, flip=False, **options):
-        preprocessing = Preprocessing(size, crop or CenterCrop(size), flip, **BLACK_TO_WHITE)
+    def make(images, loader_class=loader_class, size=8, crop=None, view=None, **options):
+        view = BLACK_TO_WHITE | (view or {})
+        preprocessing = Preprocessing(size, crop or CenterCrop(size), **view)
         defaults = {"batch_size": 4, "device": torch.device("cpu"), "workers": 1, "shuffle": False}
-        return loader_class(folder, preprocessing, **(defaults | options))
+        return loader_class(images, preprocessing, **(defaults | options))
 
     return make
+
+
+@pytest.fixture(params=["folder", "tar", "resident"])
+def as_source(request, tmp_path):
+    """Turns an ImageFolder into the same images from another kind of source."""
+
+    def in_shards(folder: ImageFolder) -> ImageSet:
+        root = tmp_path / "shards"
+        root.mkdir(exist_ok=True)
+        for split in ("train", "val"):
+            for shard, positions in enumerate(np.array_split(np.arange(len(folder)), min(3, len(folder)))):
+                with tarfile.open(root / f"{split}-{shard}.tar", "w") as tar:
+                    for position in positions:
+                        image = folder.read(position).tobytes()
+                        label = str(folder.labels[position]).encode()
+                        for suffix, content in (
+                            (Path(folder.paths[position]).suffix, image),
+                            (".cls", label),
+                        ):
+                            member = tarfile.TarInfo(f"{position:04d}{suffix}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+        return open_shards(root)[0]
+
+    def in_memory(folder: ImageFolder) -> ImageSet:
+        pixels = [
+            np.asarray(Image.open(io.BytesIO(folder.read(i))).convert("RGB")) for i in range(len(folder))
+        ]
+        stacked = torch.from_numpy(np.stack(pixels))
+        return ResidentImages(folder.root, folder.split, folder.classes, folder.labels, stacked, folder)
+
+    return {"folder": lambda folder: folder, "tar": in_shards, "resident": in_memory}[request.param]
 
 
 @pytest.fixture

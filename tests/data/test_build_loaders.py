@@ -7,7 +7,7 @@ import torch
 
 from kdav_fast.config import DataConfig
 from kdav_fast.data import build_loaders, open_images
-from kdav_fast.data.digits import prepare_digits
+from kdav_fast.data.sources.digits import prepare_digits
 from kdav_fast.errors import InputError
 
 CPU = torch.device("cpu")
@@ -35,7 +35,7 @@ def test_digits_end_to_end(loader):
     assert sets.classes == tuple("0123456789")
     train, evaluation, measure = (list(part) for part in (sets.train, sets.evaluation, sets.measure()))
     assert (len(train), len(evaluation), len(measure)) == (15, 9, 9)
-    for batches, images in ((train, sets.train.folder), (evaluation, sets.evaluation.folder)):
+    for batches, images in ((train, sets.train.images), (evaluation, sets.evaluation.images)):
         index = torch.cat([batch.index[batch.valid] for batch in batches])
         assert sorted(index.tolist()) == list(range(len(images)))
     assert torch.cat([batch.index[batch.valid] for batch in measure]).tolist() == list(range(897))
@@ -49,7 +49,7 @@ def test_subset_and_own_root(tmp_path):
     sets = build(loader="torchvision", root=tmp_path / "digits", train_subset=100)
     assert sets.train.images_per_epoch == sets.measure().images_per_epoch == 100
     assert sets.evaluation.images_per_epoch == 900
-    assert sets.train.folder.root == tmp_path / "digits"
+    assert sets.train.images.root == tmp_path / "digits"
 
 
 def test_a_folder_is_opened_as_it_is(tmp_path):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 
 from kdav_fast.config import DataConfig
 from kdav_fast.data.dali import DaliLoader
-from kdav_fast.data.folder import ImageFolder
+from kdav_fast.data.image_set import PixelImages
 from kdav_fast.data.preprocessing import (
     CenterCrop,
     PaddedCrop,
@@ -19,32 +20,11 @@ from kdav_fast.data.preprocessing import (
     evaluation_preprocessing,
     training_preprocessing,
 )
+from kdav_fast.data.sources.folder import ImageFolder
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
+from tests.data.pictures import copies_of, pixels_of, smooth_photograph
 
 PHOTOGRAPHS = Path(__file__).parents[3] / "shared/data/imagenet-sample-120.tar"
-
-
-def smooth_photograph(height, width, seed) -> np.ndarray:
-    """H x W x 3: a few colour waves."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width] / max(height, width)
-    waves = [
-        np.sin(2 * np.pi * (random.uniform(-4, 4) * x + random.uniform(-4, 4) * y + random.uniform()))
-        for _ in range(3)
-    ]
-    return np.stack([127.5 + 120 * wave for wave in waves], axis=-1).round().astype(np.uint8)
-
-
-def copies_of(folder: ImageFolder, count: int) -> ImageFolder:
-    """One image many times over."""
-    return ImageFolder(
-        folder.root, folder.split, folder.classes, folder.paths[:1] * count, np.zeros(count, np.int64)
-    )
-
-
-def pixels_of(loader) -> torch.Tensor:
-    """N x 3 x S x S in 0..255."""
-    return torch.cat([batch.images[batch.valid] for batch in loader]) * 255
 
 
 def test_padded_crop_is_a_shift_with_black_moving_in(make_loader, make_split):
@@ -77,7 +57,7 @@ def test_flip_mirrors_about_half_of_the_images(make_loader, make_split):
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
     folder = copies_of(make_split([image]), 128)
     expected = torch.from_numpy(image).permute(2, 0, 1).int()
-    pixels = pixels_of(make_loader(folder, batch_size=32, flip=True)).round().int()
+    pixels = pixels_of(make_loader(folder, batch_size=32, view={"flip": True})).round().int()
     mirrored = [bool((one == expected.flip(2)).all()) for one in pixels]
     assert all(
         (one == (expected.flip(2) if flip else expected)).all()
@@ -86,25 +66,53 @@ def test_flip_mirrors_about_half_of_the_images(make_loader, make_split):
     assert 40 < sum(mirrored) < 88  # 64 +- 4.2 standard deviations
 
 
-def test_random_resized_crop_keeps_to_area_and_aspect_ratio(make_loader, make_split):
+def coordinate_image(height, width) -> np.ndarray:
     """Red is x and green is y, so that the corners of an output tell where it was taken."""
-    y, x = np.mgrid[:128, :128]
-    folder = copies_of(make_split([np.stack([x, y, 0 * x], axis=-1)]), 128)
-    crop = RandomResizedCrop((0.2, 0.6), (0.5, 2.0))
-    pixels = pixels_of(make_loader(folder, size=32, batch_size=32, crop=crop))
-    assert pixels[:, 2].max() == 0
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x, y, 0 * x], axis=-1)
+
+
+def crop_shapes(pixels, source_height, source_width):
+    """Share of the area and width / height of crops of a coordinate image."""
     # The slope over the middle, since antialiasing bends the ends.
     width = (pixels[:, 0, 16, 27] - pixels[:, 0, 16, 4]) * 32 / 23
     height = (pixels[:, 1, 27, 16] - pixels[:, 1, 4, 16]) * 32 / 23
-    area = width * height / 128**2
-    assert area.min() > 0.18
-    assert area.max() < 0.64
-    assert area.min() < 0.28
-    assert area.max() > 0.5
-    assert (width / height).min() > 0.46
-    assert (width / height).max() < 2.2
-    assert (width / height).log().std() > 0.2
+    return width * height / (source_height * source_width), width / height
+
+
+def test_random_resized_crop_keeps_to_area_and_aspect_ratio(make_loader, make_split):
+    folder = copies_of(make_split([coordinate_image(128, 128)]), 128)
+    crop = RandomResizedCrop((0.2, 0.6), (0.5, 2.0))
+    pixels = pixels_of(make_loader(folder, size=32, batch_size=32, crop=crop))
+    assert pixels[:, 2].max() == 0
+    area, ratio = crop_shapes(pixels, 128, 128)
+    assert 0.18 < area.min() < 0.28
+    assert 0.5 < area.max() < 0.64
+    assert ratio.min() > 0.46
+    assert ratio.max() < 2.2
+    assert ratio.log().std() > 0.2
     assert pixels[:, 0].amin((1, 2)).std() > 5
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_dali_draws_crops_from_torchvision_s_distribution(make_split, make_loader, in_memory):
+    """Kolmogorov-Smirnov, 1,024 crops each, of an oblong image that not every crop fits into."""
+    height, width, count = 96, 200, 1024
+    images = copies_of(make_split([coordinate_image(height, width)]), count)
+    if in_memory:
+        pixels = torch.from_numpy(coordinate_image(height, width).astype(np.uint8)).expand(count, -1, -1, -1)
+        images = PixelImages(images.root, images.split, images.classes, images.labels, pixels)
+    crop = RandomResizedCrop((0.08, 1.0), (0.75, 4 / 3))
+    found = []
+    for loader_class in (DaliLoader, TorchvisionLoader):
+        loader = make_loader(images, loader_class=loader_class, size=32, batch_size=128, crop=crop)
+        pixels = pixels_of(loader)
+        area, ratio = crop_shapes(pixels, height, width)
+        found.append([area, ratio, pixels[:, 0].mean((1, 2)), pixels[:, 1].mean((1, 2))])
+    for dali, reference in zip(*found, strict=True):
+        assert ks_2samp(dali, reference).pvalue > 0.001
+        # The test sees differences: a shift of a quarter of the spread.
+        assert ks_2samp(dali + 0.25 * reference.std(), reference).pvalue < 0.001
 
 
 @pytest.mark.parametrize(
@@ -120,33 +128,39 @@ def test_dali_equals_torchvision_on_smooth_photographs(make_split, make_loader, 
         assert_near(folder, make_loader, size, crop)
 
 
-@pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason="no sample of ImageNet beside the repository")
-def test_dali_equals_torchvision_on_photographs(tmp_path, make_loader):
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory) -> ImageFolder:
+    """The first 48 of the ImageNet photographs: colour and grey, from 100 to 2,000 pixels wide."""
+    if not PHOTOGRAPHS.exists():
+        pytest.skip("no sample of ImageNet beside the repository")
+    root = tmp_path_factory.mktemp("photographs")
+    paths = []
     with tarfile.open(PHOTOGRAPHS) as archive:
-        members = [member for member in archive if member.isfile()][:16]
-        paths = []
-        for member in members:
+        for member in [member for member in archive if member.isfile()][:48]:
             paths.append(Path(member.name).name)
-            (tmp_path / paths[-1]).write_bytes(archive.extractfile(member).read())
-    folder = ImageFolder(tmp_path, ".", ("x",), tuple(paths), np.zeros(16, np.int64))
-    assert_near(folder, make_loader, 224, CenterCrop(256))
-    assert_near(folder, make_loader, 224, CenterCrop(224))
+            (root / paths[-1]).write_bytes(archive.extractfile(member).read())
+    return ImageFolder(root, ".", ("x",), np.zeros(len(paths), np.int64), tuple(paths))
+
+
+@pytest.mark.parametrize(("size", "resize"), [(224, 256), (224, 224), (32, 32), (64, 72)])
+def test_dali_equals_torchvision_on_photographs(photographs, make_loader, size, resize):
+    assert_near(photographs, make_loader, size, CenterCrop(resize))
 
 
 def assert_near(folder, make_loader, size, crop):
-    """At most one level of 255 apart, as both round after each pass.
+    """At most one level of 255 apart, and a quarter of one on average, as both round after each pass.
 
-    Except in the outermost pixels of a shrunk image: there PIL cuts the filter off and DALI repeats the
-    edge (up to 24 levels were measured on ImageNet photographs shrunk to 32 pixels).
+    Except in the outermost pixels of a shrunk image: there Pillow cuts the filter off and DALI repeats the
+    edge (up to 28 levels were measured on 120 ImageNet photographs, shrunk to 32 pixels).
     """
     dali, reference = (
-        pixels_of(make_loader(folder, loader_class=loader_class, size=size, crop=crop))
+        pixels_of(make_loader(folder, loader_class=loader_class, size=size, crop=crop, batch_size=16))
         for loader_class in (DaliLoader, TorchvisionLoader)
     )
     difference = (dali - reference).abs()
     assert difference.mean() < 0.25
     if crop.resize == size:
-        assert difference.max() < 25
+        assert difference.max() < 30
         difference = difference[..., 1:-1, 1:-1]
     assert difference.max() < 1.01
 
@@ -174,7 +188,7 @@ def test_every_kind_of_image_is_decoded_alike(tmp_path, save_image, make_loader)
         image.save(tmp_path / name)
     colour.save(tmp_path / "rotated.jpg", exif=rotated)
     paths = (*variants, "rotated.jpg")
-    folder = ImageFolder(tmp_path, ".", ("x",), paths, np.zeros(len(paths), np.int64))
+    folder = ImageFolder(tmp_path, ".", ("x",), np.zeros(len(paths), np.int64), paths)
     assert_near(folder, make_loader, 32, CenterCrop(36))
 
 

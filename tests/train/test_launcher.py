@@ -1,6 +1,7 @@
 """The real launcher: two processes on this machine, `deepspeed --num_accelerators 2 launch/distill.py`."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import dump_config
 from kdav_fast.data import build_loaders, open_images
+from kdav_fast.errors import InputError
 from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import IMAGENET
 from kdav_fast.student_file import read_student
+from kdav_fast.train.loop import run_training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -111,6 +114,30 @@ def test_one_process_writes_and_evaluates_all_images(two_process_run):
     evaluations = [line for line in lines if "val/top1" in line]
     assert [line["val/images"] for line in evaluations] == [900, 900]
     assert result.stdout.count("top-1") == 1
+
+
+def test_one_process_continues_what_two_began_only_if_told_to(two_process_run, tmp_path):
+    config, _ = two_process_run
+    run_dir = tmp_path / "run"
+    shutil.copytree(config.run_dir, run_dir)
+    (run_dir / "student.safetensors").unlink()
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000010")
+    alone = config.model_copy(update={"run_dir": run_dir})
+    with pytest.raises(
+        InputError, match=r"by 2 processes and this run has 1; .*data\.on_reshard=restart_epoch"
+    ):
+        run_training(alone)
+    data = config.data.model_copy(update={"on_reshard": "restart_epoch"})
+    accuracy = run_training(alone.model_copy(update={"data": data}))
+    assert accuracy.images == 900
+    state = load_file(run_dir / "checkpoints" / "step-00000010" / "distiller.safetensors")
+    assert state["memory.cursor"] == 300
+    # The second epoch takes the same images in the same steps as it did with two processes.
+    there = load_file(config.run_dir / "checkpoints" / "step-00000010" / "distiller.safetensors")
+    ours, theirs = (
+        set(map(tuple, s["memory._posterior"][:150].round(decimals=4).tolist())) for s in (state, there)
+    )
+    assert ours == theirs
 
 
 def test_bad_input_is_one_line_and_exit_code_2_on_two_processes(small_config, tmp_path):

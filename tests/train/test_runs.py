@@ -51,6 +51,38 @@ def test_a_run_folder_holds_what_the_design_promises(small_config, kdav_sections
     assert student.head is not None
 
 
+def test_every_way_of_loading_trains_the_same_student(small_config, tmp_path):
+    """Without augmentation the digits' pixels are the same, however they are loaded."""
+    losses = []
+    for name, data in {
+        "dali": {"loader": "dali"},
+        "torchvision": {"loader": "torchvision"},
+        "resident": {"resident": True},
+        "resident-torchvision": {"resident": True, "loader": "torchvision"},
+        "contiguous": {"layout": "contiguous"},
+    }.items():
+        config = small_config(
+            tmp_path / name, data={**data, "crop": "none"}, train={"epochs": 2, "log_every": 1}
+        )
+        run_training(config)
+        losses.append([line["train/loss"] for line in read_metrics(config.run_dir) if "train/loss" in line])
+    assert len(losses[0]) == 16
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_half_precision_images_need_networks_that_take_them(small_config, tmp_path):
+    with pytest.raises(
+        InputError, match=r"data\.dtype is 'bf16' but the networks compute in fp32; use data\.dtype=fp32 or"
+    ):
+        run_training(small_config(tmp_path / "run", data={"dtype": "bf16"}))
+    for dtype in ("bf16", "fp16"):
+        config = small_config(
+            tmp_path / dtype, data={"dtype": dtype}, train={"epochs": 1, "precision": "bf16", "mixup": 0.2}
+        )
+        assert run_training(config).images == 900
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdav_fast.data.digits import prepare_digits
-from kdav_fast.data.folder import open_folder
+from kdav_fast.data.sources.digits import prepare_digits
+from kdav_fast.data.sources.folder import open_folder
 from kdav_fast.errors import InputError
 
 

@@ -1,0 +1,362 @@
+"""How many images a second the loaders deliver: the plain one, DALI, and DALI from memory.
+
+    python benchmarks/data_pipeline.py --root FOLDER [--device cpu|cuda] [--cores N] [--json FILE] [--plot FILE]
+
+All take the same images in the same order, cut, resize, flip and normalise them alike, and have the same cores.
+They are measured in turn, a few seconds each, until each has been measured for `--seconds` and for 5 times the
+set (an epoch). Three things keep a loader's work inside its own clock:
+
+- Between two rounds nobody is asked for batches, so that every loader fills its queue and then stands still. The
+  next round begins only when the process and its workers use no more processor time.
+- The batches that lay ready are taken before the clock starts, and as many more as are made side by side.
+- The clock starts and stops when a batch comes that was being waited for, and runs over a whole number of batches
+  made side by side. What is half done when it stops was so when it started.
+
+The paths of the set are repeated to one long epoch: a DataLoader's workers idle at an epoch's end, which a short
+one would make look frequent. The files come from the system's cache: all are read once beforehand.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice, repeat
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from environment import describe
+from PIL import features
+from timing import cpu_seconds, quantiles, wait_until_idle
+
+from kdav_fast.data.batch import Batch
+from kdav_fast.data.dali import DaliLoader
+from kdav_fast.data.epoch_loader import EpochLoader
+from kdav_fast.data.preprocessing import (
+    Preprocessing,
+    RandomResizedCrop,
+    pixel_preprocessing,
+    resident_preprocessing,
+)
+from kdav_fast.data.resident import decode_once
+from kdav_fast.data.sources.folder import ImageFolder, index_folder
+from kdav_fast.data.torchvision_loader import TorchvisionLoader
+from kdav_fast.errors import InputError
+
+EPOCHS = 5
+LONG_EPOCH = 2**17
+PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numpy")
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# DALI's queue holds 2 batches and 1 that is being made; the files of 2 more have been read; 1 to settle.
+DALI_READY = 6
+
+
+class Round(NamedTuple):
+    """What one loader did in one turn."""
+
+    images: int
+    seconds: float
+    cpu_seconds: float
+
+
+@dataclass
+class Contender:
+    """A loader at work, and its rounds so far."""
+
+    name: str
+    batches: Iterator[Batch]
+    """Without end."""
+    ready: int
+    """Most batches that can lie ready, in whole or in part, when a round begins."""
+    side_by_side: int
+    """Batches made at the same time."""
+    start_up_s: float
+    rounds: list[Round] = field(default_factory=list)
+
+    def total(self, what: str) -> float:
+        return sum(getattr(one, what) for one in self.rounds)
+
+
+def pin(cores: int) -> None:
+    """Keep this process, its threads and what they start to the first `cores` cores it may use.
+
+    Raises:
+        InputError: there are not so many.
+    """
+    allowed = sorted(os.sched_getaffinity(0))
+    if not 1 <= cores <= len(allowed):
+        raise InputError(
+            f"--cores is {cores} but this process may use 1 to {len(allowed)}; give one of these"
+        )
+    for thread in Path("/proc/self/task").iterdir():  # importing NumPy has started some
+        os.sched_setaffinity(int(thread.name), allowed[:cores])
+    torch.set_num_threads(cores)
+
+
+def open_set(root: Path, count: int) -> ImageFolder:
+    """`count` images of `root/train/CLASS/` or `root/CLASS/`: evenly picked, or repeated where there are fewer.
+
+    Raises:
+        InputError: there are no images.
+    """
+    root = root.resolve()
+    # index_folder wants a split below a root; class folders right in `root` make it the split.
+    images = (
+        index_folder(root, "train") if (root / "train").is_dir() else index_folder(root.parent, root.name)
+    )
+    found = len(images)
+    return images.select(np.arange(count) * found // count if count < found else np.arange(count) % found)
+
+
+def read_once(images: ImageFolder) -> dict[str, float]:
+    """Bring the files into the system's cache; how many there are and how large."""
+    _, distinct = np.unique(images.paths, return_index=True)
+    try:
+        sizes = [len(images.read(position)) for position in distinct]
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}; repair or remove it") from None
+    return {"images": len(images), "files": len(sizes), "mean_file_kib": float(np.mean(sizes)) / 2**10}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def start(
+    name: str, make: Callable[[], EpochLoader], ready: int, side_by_side: int, device: torch.device
+) -> Contender:
+    """Build a loader and wait for its first batch."""
+    print(f"starting {name}", flush=True)
+    begin = time.perf_counter()
+    batches = chain.from_iterable(repeat(make()))
+    next(batches)
+    synchronize(device)
+    seconds = time.perf_counter() - begin
+    wait_until_idle()
+    return Contender(name, batches, ready, side_by_side, seconds)
+
+
+def start_all(options: argparse.Namespace, images: ImageFolder, device: torch.device) -> list[Contender]:
+    """The plain loader comes first: its workers are forks, which should not inherit DALI's threads."""
+    torch.zeros(1, device=device)  # a GPU's own start belongs to none of them
+    view = Preprocessing(
+        options.size,
+        RandomResizedCrop(area=(0.08, 1.0), aspect_ratio=(3 / 4, 4 / 3)),
+        flip=True,
+        mean=(0.485, 0.456, 0.406),
+        std=(0.229, 0.224, 0.225),
+        dtype=DTYPES[options.dtype],
+    )
+    cores = options.cores
+    shared = {"batch_size": options.batch_size, "device": device, "workers": cores}
+    long = images.select(np.arange(LONG_EPOCH) % len(images))
+    decoders = ("cpu", "gpu") if device.type == "cuda" else ("cpu",)
+
+    def resident() -> DaliLoader:
+        decoder = DaliLoader(images, pixel_preprocessing(view), decode=decoders[-1], shuffle=False, **shared)
+        kept = decode_once(decoder, device, local_world=1, progress=False)
+        return DaliLoader(kept, resident_preprocessing(view), shuffle=True, **shared)
+
+    # A DataLoader prefetches 2 batches a worker, and every worker makes a batch of its own.
+    plain = partial(TorchvisionLoader, long, view, shuffle=True, **shared)
+    contenders = [start("torchvision", plain, 2 * cores, cores, device)]
+    for decode in decoders:
+        dali = partial(DaliLoader, long, view, decode=decode, shuffle=True, **shared)
+        contenders.append(start(f"dali {decode}", dali, DALI_READY, 1, device))
+    return [*contenders, start("resident", resident, DALI_READY, 1, device)]
+
+
+def run_round(contender: Contender, seconds: float, device: torch.device) -> Round:
+    """One turn of at least `seconds`, after which the loader stands still."""
+    for _ in islice(contender.batches, contender.ready + contender.side_by_side):
+        pass
+    synchronize(device)
+    cpu, begin, images, elapsed = cpu_seconds(), time.perf_counter(), 0, 0.0
+    while elapsed < seconds:
+        images += sum(len(batch.images) for batch in islice(contender.batches, contender.side_by_side))
+        elapsed = time.perf_counter() - begin
+    synchronize(device)
+    result = Round(images, time.perf_counter() - begin, cpu_seconds() - cpu)
+    wait_until_idle()
+    return result
+
+
+def measure(contenders: list[Contender], options: argparse.Namespace, device: torch.device) -> None:
+    """Rounds of all in turn, until the slowest has had enough."""
+    least = EPOCHS * options.images
+    number = 0
+    while any(c.total("seconds") < options.seconds or c.total("images") < least for c in contenders):
+        number += 1
+        for contender in contenders:
+            contender.rounds.append(run_round(contender, options.round_seconds, device))
+        rates = (f"{c.name} {c.rounds[-1].images / c.rounds[-1].seconds:.0f}" for c in contenders)
+        done = min(min(c.total("seconds") / options.seconds, c.total("images") / least) for c in contenders)
+        print(f"round {number}, {min(done, 1):.0%}: {', '.join(rates)} images/s", flush=True)
+
+
+def summarise(contenders: list[Contender]) -> dict[str, object]:
+    """Rows, the ratios of the medians and the spread between rounds."""
+    rows = {}
+    for contender in contenders:
+        rates = [one.images / one.seconds for one in contender.rounds]
+        rows[contender.name] = {
+            "loader": contender.name,
+            "start_up_s": contender.start_up_s,
+            **quantiles(rates, "images_per_s"),
+            "cpu_ms_per_image": 1e3 * contender.total("cpu_seconds") / contender.total("images"),
+            "busy_cores": contender.total("cpu_seconds") / contender.total("seconds"),
+            "images": contender.total("images"),
+            "seconds": contender.total("seconds"),
+            "rounds_images_per_s": rates,
+        }
+
+    def ratio(name: str) -> float | None:
+        if name not in rows:
+            return None
+        return rows[name]["median_images_per_s"] / rows["torchvision"]["median_images_per_s"]
+
+    spreads = [
+        (row["p80_images_per_s"] - row["p20_images_per_s"]) / row["median_images_per_s"]
+        for row in rows.values()
+    ]
+    return {
+        "rows": list(rows.values()),
+        "ratio_dali_cpu_over_torchvision": ratio("dali cpu"),
+        "ratio_dali_gpu_over_torchvision": ratio("dali gpu"),
+        "ratio_resident_over_torchvision": ratio("resident"),
+        "noise": max(spreads),
+    }
+
+
+def plot(result: dict, path: Path) -> None:
+    """Images a second, with the spread between rounds, and the ratio to the plain loader."""
+    rows, environment = result["rows"], result["environment"]
+    medians = [row["median_images_per_s"] for row in rows]
+    spread = [
+        [row["median_images_per_s"] - row["p20_images_per_s"] for row in rows],
+        [row["p80_images_per_s"] - row["median_images_per_s"] for row in rows],
+    ]
+    figure, axis = plt.subplots(figsize=(7, 1.2 + 0.55 * len(rows)))
+    bars = axis.barh([row["loader"] for row in rows], medians, xerr=spread, capsize=3)
+    labels = [f"{median:.0f} ({median / medians[0]:.2f} x)" for median in medians]
+    axis.bar_label(bars, labels, padding=6)
+    axis.margins(x=0.25)
+    axis.invert_yaxis()
+    axis.set_xlabel("images/s, lines: 20th to 80th percentile of the rounds")
+    axis.set_title(
+        f"{environment['device']}, {environment['cores']} cores, DALI and torchvision", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def print_table(result: dict) -> None:
+    print(
+        f"{'loader':12}{'images/s':>10}{'p20':>8}{'p80':>8}{'ratio':>8}{'CPU ms/image':>14}{'start-up s':>12}"
+    )
+    rows = result["rows"]
+    for row in rows:
+        print(
+            f"{row['loader']:12}{row['median_images_per_s']:10.0f}{row['p20_images_per_s']:8.0f}"
+            f"{row['p80_images_per_s']:8.0f}{row['median_images_per_s'] / rows[0]['median_images_per_s']:8.2f}"
+            f"{row['cpu_ms_per_image']:14.2f}{row['start_up_s']:12.1f}"
+        )
+    if result["noise"] > 0.1:
+        print(
+            f"warning: the rounds of one loader spread by {result['noise']:.0%} of their median; measure again on "
+            "an idle machine",
+            file=sys.stderr,
+        )
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    read.__name__ = f"{kind.__name__} above 0"  # argparse names it in its message
+    return read
+
+
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    count, seconds = positive(int), positive(float)
+    cores = len(os.sched_getaffinity(0))
+    cuda = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add(
+        "--root",
+        type=Path,
+        required=True,
+        help="data set with train/CLASS/IMAGE, or a folder of class folders",
+    )
+    add("--device", choices=("cpu", "cuda"), default=cuda, help="where batches are delivered (%(default)s)")
+    add("--images", type=count, default=2400, help="in an epoch, and kept by resident (%(default)s)")
+    add("--batch-size", type=count, default=64, help="images a batch (%(default)s)")
+    add("--size", type=count, default=224, help="side of the square in pixels (%(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="fp32", help="of the channels_last output (%(default)s)")
+    add("--cores", type=int, default=cores, help="for all loaders, each with as many workers (%(default)s)")
+    add(
+        "--seconds",
+        type=seconds,
+        default=20.0,
+        help=f"that each loader is measured at least, and {EPOCHS} epochs at least (%(default)s)",
+    )
+    add("--round-seconds", type=seconds, default=3.0, help="of one loader's turn (%(default)s)")
+    add("--json", type=Path, help="result (benchmarks/results/data_pipeline_DEVICE.json)")
+    add("--plot", type=Path, help="picture (beside the result)")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Raises InputError for what the user can mend."""
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda but torch finds no GPU; use --device cpu")
+    path = options.json or Path(__file__).parent / "results" / f"data_pipeline_{device.type}.json"
+    picture = options.plot or path.with_suffix(".png")
+    for target in (path, picture):
+        if not target.parent.is_dir():
+            raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
+    images = open_set(options.root, options.images)
+    pin(options.cores)
+    environment = describe(device, PACKAGES) | {"cores": options.cores}
+    environment["pillow_libjpeg_turbo"] = features.version_feature("libjpeg_turbo")
+    chosen = ("batch_size", "size", "dtype", "seconds", "round_seconds")
+    settings = {**read_once(images), **{name: getattr(options, name) for name in chosen}}
+    print(json.dumps({"environment": environment, "settings": settings}, indent=1), flush=True)
+    contenders = start_all(options, images, device)
+    measure(contenders, options, device)
+    result = {"environment": environment, "settings": settings, **summarise(contenders)}
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    plot(result, picture)
+    print_table(result)
+
+
+def main() -> None:
+    parser = make_parser()
+    options = parser.parse_args()
+    try:
+        run(options)
+    except InputError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

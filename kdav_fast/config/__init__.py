@@ -1,0 +1,35 @@
+"""The one schema of a run: every key, its type, its default and what it may be combined with.
+
+A config is a YAML file of these sections plus `key=value` overrides (`optimizer.lr=0.05`). Anything the
+schema does not know stops at start, with the nearest key it does know.
+"""
+
+from kdav_fast.config.data import DataConfig
+from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, KDConfig, NoDistiller
+from kdav_fast.config.loading import apply_overrides, dump_config, load_config, parse_config
+from kdav_fast.config.network import ModelConfig, TeacherConfig
+from kdav_fast.config.run import Config
+from kdav_fast.config.section import Count, Positive, Section, Triple
+from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+
+__all__ = [
+    "Config",
+    "Count",
+    "DataConfig",
+    "DistillerConfig",
+    "KDAVConfig",
+    "KDConfig",
+    "ModelConfig",
+    "NoDistiller",
+    "OptimizerConfig",
+    "Positive",
+    "ScheduleConfig",
+    "Section",
+    "TeacherConfig",
+    "TrainConfig",
+    "Triple",
+    "apply_overrides",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

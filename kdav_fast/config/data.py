@@ -1,0 +1,124 @@
+"""The data section."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kdav_fast.config.section import (
+    Count,
+    ExpandedPath,
+    Fraction,
+    Lenient,
+    NonNegative,
+    Range,
+    Section,
+    Triple,
+)
+
+DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
+"""Published archives that `data.download` can fetch."""
+PILLOW_MAX_PIXELS = 178_956_970
+"""Pillow refuses to open larger images as decompression bombs."""
+Strengths = Annotated[
+    tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]], Lenient
+]
+
+
+class DataConfig(Section):
+    """Where the images come from and what is done to them."""
+
+    name: Literal["digits", "folder", "webdataset", "cifar10", "cifar100", "stl10"] = "digits"
+    """`digits`: scikit-learn's handwritten digits as PNG files; `folder`: a tree of class folders (ImageNet and
+    Tiny-ImageNet as published are such trees); `webdataset`: tar shards; the others: published archives."""
+    root: ExpandedPath | None = None
+    """`folder`: holds `train/CLASS/*.jpg` and `val/` or `test/`. `webdataset`: holds the shards. Archives: the
+    archive, the folder it was extracted to, or the folder that holds either. `digits`: the cache folder."""
+    download: bool = False
+    """Fetch the published archive into `root` if it is not there: `cifar10`, `cifar100` and `stl10`."""
+    val_labels: ExpandedPath | None = None
+    """`folder` with all evaluation images in one folder: the file that names each one's class. Default: the one
+    that ImageNet's and Tiny-ImageNet's distributions bring along."""
+    skip_list: ExpandedPath | None = None
+    """Leave out the images that this file names, such as `kdav data check --quarantine` writes it."""
+    max_pixels: Annotated[int, Field(ge=1, le=PILLOW_MAX_PIXELS)] = 100_000_000
+    """Images with more pixels stop the run before it begins: decoding a few of them would fill the memory."""
+    train_subset: Count | None = None
+    """Train on this many images, drawn once with the run's seed. Default: all."""
+
+    loader: Literal["dali", "torchvision"] = "dali"
+    decode: Literal["auto", "cpu", "gpu"] = "auto"
+    """Where DALI decodes. `auto`: on the GPU if there is one."""
+    hw_decoder_load: Fraction = 0.9
+    """Share of a batch's JPEGs that goes to the GPU's hardware decoder, where it has one; the rest is decoded by
+    its multiprocessors."""
+    resident: bool = False
+    """Decode every image once, keep it as `image_size` x `image_size` bytes in the memory of the device, and augment
+    from there. Crops are then taken from that square. For sets that fit, in each process."""
+    workers: Count | None = None
+    """Decoding threads or processes a rank. Default: the rank's share of the cores."""
+    on_reshard: Literal["refuse", "restart_epoch"] = "refuse"
+    """Continuing with another number of processes: an error, or the epoch from its beginning."""
+
+    image_size: Count = 224
+    """Side of the square that the networks see, in pixels."""
+    crop: Literal["random_resized", "padded", "none"] = "random_resized"
+    """Training crop: ImageNet's random area, CIFAR's shift by padding, or the whole image."""
+    crop_area: Range = (0.08, 1.0)
+    crop_aspect_ratio: Range = (0.75, 4 / 3)
+    crop_padding: Count = 4
+    """Pixels on each side for `crop: padded`."""
+    flip: bool = True
+    auto_augment: Literal["none", "rand_augment", "trivial_augment"] = "none"
+    """RandAugment (arXiv 1909.13719) or TrivialAugment's wide space (arXiv 2103.10158)."""
+    rand_augment_ops: Count = 2
+    """Operations an image (n)."""
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = 9
+    """Their strength (m), 0 to 30."""
+    color_jitter: Strengths = (0.0, 0.0, 0.0, 0.0)
+    """Strengths of random brightness, contrast, saturation (factors within 1 +- strength) and hue (turns, at most
+    0.5). 0: off."""
+    eval_resize: Count | None = None
+    """Short side before the evaluation's centre crop. Default: image_size / 0.875 for
+    `random_resized` training, image_size otherwise."""
+    mean: Triple | None = None
+    """RGB mean in 0..1. Default: what the model's weights expect, else ImageNet's."""
+    std: Triple | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Of the normalised images. The half types go with `train.precision=bf16`."""
+    layout: Literal["channels_last", "contiguous"] = "channels_last"
+    """Memory order of the images: NHWC or NCHW."""
+
+    @model_validator(mode="after")
+    def _source(self) -> Self:
+        if self.name != "digits" and self.root is None:
+            raise ValueError(
+                f"data.root is needed when data.name is '{self.name}': give the folder or archive that holds it"
+            )
+        if self.download and self.name not in DOWNLOADABLE:
+            raise ValueError(
+                f"data.download does not go with data.name '{self.name}'; only {', '.join(DOWNLOADABLE)} can be "
+                "downloaded"
+            )
+        if self.val_labels is not None and self.name != "folder":
+            raise ValueError(f"data.val_labels goes with data.name 'folder', not '{self.name}'; drop it")
+        return self
+
+    @model_validator(mode="after")
+    def _view(self) -> Self:
+        for key in ("crop_area", "crop_aspect_ratio"):
+            low, high = getattr(self, key)
+            if low > high:
+                raise ValueError(f"data.{key} is [{low}, {high}]; the first must not exceed the second")
+        if self.crop_area[1] > 1:
+            raise ValueError(
+                f"data.crop_area is {list(self.crop_area)}; areas are fractions of the image, at most 1"
+            )
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("data.mean and data.std belong together; give both or neither")
+        if self.std is not None and min(self.std) <= 0:
+            raise ValueError(f"data.std is {list(self.std)}; every value must be above 0")
+        if self.eval_resize is not None and self.eval_resize < self.image_size:
+            raise ValueError(
+                f"data.eval_resize is {self.eval_resize}; it must be at least data.image_size ({self.image_size})"
+            )
+        return self

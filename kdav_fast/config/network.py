@@ -1,0 +1,38 @@
+"""The model and teacher sections."""
+
+from typing import Self
+
+from pydantic import model_validator
+
+from kdav_fast.config.section import ExpandedPath, Positive, Section, Triple
+
+
+class ModelConfig(Section):
+    """A network by name: `timm:NAME`, `torchvision:NAME` or `cifar:NAME`."""
+
+    name: str = "cifar:resnet8"
+    width: Positive = 1.0
+    """Channel multiplier; `cifar:` networks only."""
+    checkpoint: ExpandedPath | None = None
+    """Weights: a safetensors or torch file, or the folder of a finished run."""
+    pretrained: bool = False
+    """Take the library's own weights (downloads them); `timm:` and `torchvision:` only."""
+    mean: Triple | None = None
+    """Input normalisation the weights expect. Default: as recorded with the weights, else the data's."""
+    std: Triple | None = None
+    compile: bool = False
+    """Run through torch.compile."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.checkpoint is not None and self.pretrained:
+            raise ValueError("checkpoint and pretrained exclude each other; drop one of them")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std belong together; give both or neither")
+        return self
+
+
+class TeacherConfig(ModelConfig):
+    """The frozen network that teaches."""
+
+    name: str

@@ -1,0 +1,46 @@
+"""The whole config of a run, and what its sections may be combined with."""
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from kdav_fast.config.data import DataConfig
+from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, NoDistiller
+from kdav_fast.config.network import ModelConfig, TeacherConfig
+from kdav_fast.config.section import ExpandedPath, Section
+from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
+
+
+class Config(Section):
+    """A whole run."""
+
+    run_dir: ExpandedPath = Path("runs/default")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    """The network that is trained: the student when there is a teacher."""
+    teacher: TeacherConfig | None = None
+    """Not used by `distiller.name=none`, so that one file serves labels only as well."""
+    distiller: DistillerConfig = NoDistiller()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.distiller.name != "none" and self.teacher is None:
+            raise ValueError(
+                f"distiller.name is '{self.distiller.name}' but there is no teacher; set teacher.name"
+            )
+        if self.train.label_smoothing > 0 and self.distiller.name == "kdav":
+            raise ValueError(
+                "train.label_smoothing does not go with distiller.name 'kdav', which uses no labels"
+            )
+        mixing = self.train.mixup > 0 or self.train.cutmix > 0
+        if mixing and isinstance(self.distiller, KDAVConfig) and self.distiller.prototypes == "running":
+            raise ValueError(
+                "distiller.prototypes is 'running' but train.mixup or train.cutmix is on: a mixed image has no "
+                "class; use distiller.prototypes=measured"
+            )
+        return self

@@ -1,0 +1,87 @@
+"""The optimizer, schedule and train sections."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from kdav_fast.config.section import Count, Fraction, Lenient, NonNegative, Positive, Section
+
+
+class OptimizerConfig(Section):
+    """Optimizer; the learning rate is for the whole (global) batch."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive = 0.1
+    momentum: Fraction = 0.9
+    """SGD's momentum, AdamW's beta1."""
+    nesterov: bool = False
+    weight_decay: NonNegative = 5e-4
+    decay_norm_and_bias: bool = True
+    """Whether weight decay also acts on biases and normalisation weights."""
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run, as a factor of `optimizer.lr`."""
+
+    name: Literal["constant", "step", "cosine", "one_cycle"] = "cosine"
+    warmup_epochs: NonNegative = 0.0
+    """Linear rise from 0 before `constant`, `step` and `cosine`."""
+    milestones: Annotated[tuple[Positive, ...], Lenient] = ()
+    """Epochs at which `step` multiplies by `gamma`."""
+    gamma: Positive = 0.1
+    peak: Fraction = 0.3
+    """Share of the run after which `one_cycle` stands at its highest."""
+    final: Fraction = 0.0
+    """Factor at the end of `cosine` and `one_cycle`."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.name == "step" and not self.milestones:
+            raise ValueError("schedule.milestones is empty; schedule.name 'step' needs the epochs to step at")
+        if list(self.milestones) != sorted(self.milestones):
+            raise ValueError(f"schedule.milestones is {list(self.milestones)}; give them in rising order")
+        if self.name == "one_cycle" and self.warmup_epochs:
+            raise ValueError(
+                "schedule.warmup_epochs does not go with 'one_cycle'; its own rise is schedule.peak"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: Positive = 10.0
+    """Passes over the training set; a fraction stops inside an epoch."""
+    batch_size: Count = 128
+    """Images an optimizer step over all ranks and accumulation steps."""
+    accumulate: Count = 1
+    """Micro-batches an optimizer step."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto`: bf16 where the GPU has it, else fp32."""
+    zero_stage: Literal[0, 1, 2] = 0
+    """How far DeepSpeed shards the student's training state."""
+    clip_grad_norm: NonNegative = 0.0
+    """0: off."""
+    label_smoothing: Fraction = 0.0
+    mixup: NonNegative = 0.0
+    """Beta parameter; 0: off."""
+    cutmix: NonNegative = 0.0
+    """Beta parameter; 0: off. With both on, each batch takes one of them by a coin flip."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Evaluate and save an exponential moving average of the weights; 0: off."""
+    log_every: Count = 50
+    """Optimizer steps between metric lines."""
+    evaluate_every: NonNegative = 1.0
+    """Epochs between evaluations; 0: only at the end."""
+    save_every: NonNegative = 1.0
+    """Epochs between checkpoints; 0: only when stopped by a signal."""
+    keep_checkpoints: Count = 2
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"train.batch_size ({self.batch_size}) is not a multiple of train.accumulate ({self.accumulate})"
+            )
+        return self

@@ -1,0 +1,128 @@
+"""The DALI graph from encoded or decoded images to network input, piece by piece."""
+
+from typing import Literal
+
+import torch
+from nvidia.dali import fn, math, types
+from nvidia.dali.auto_aug import rand_augment, trivial_augment
+from nvidia.dali.data_node import DataNode
+
+from kdav_fast.data.preprocessing import (
+    CenterCrop,
+    ColorJitter,
+    PaddedCrop,
+    Preprocessing,
+    RandAugment,
+    RandomResizedCrop,
+    TrivialAugment,
+)
+
+Crop = RandomResizedCrop | PaddedCrop | CenterCrop
+
+
+def decode_and_crop(
+    encoded: DataNode, crop: Crop, size: int, device: Literal["cpu", "mixed"], hw_decoder_load: float
+) -> DataNode:
+    """From file bytes to S x S x 3 bytes. EXIF rotation is ignored, as by torchvision and with published weights."""
+    options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
+    if device == "mixed":
+        # Fancy upsampling is what CPU decoders do.
+        options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": hw_decoder_load}
+    if isinstance(crop, RandomResizedCrop):
+        part = fn.decoders.image_random_crop(
+            encoded, random_area=crop.area, random_aspect_ratio=crop.aspect_ratio, **options
+        )
+        return fn.resize(part, size=(size, size))
+    return _fixed_crop(fn.decoders.image(encoded, **options), crop, size, same_size=False)
+
+
+def crop_pixels(pixels: DataNode, crop: Crop, size: int, same_size: bool) -> DataNode:
+    """From H x W x 3 bytes to S x S x 3 bytes; `same_size` says that H = W = S already."""
+    if isinstance(crop, RandomResizedCrop):
+        return fn.random_resized_crop(
+            pixels, size=(size, size), random_area=crop.area, random_aspect_ratio=crop.aspect_ratio
+        )
+    return _fixed_crop(pixels, crop, size, same_size)
+
+
+def _fixed_crop(pixels: DataNode, crop: PaddedCrop | CenterCrop, size: int, same_size: bool) -> DataNode:
+    resize = crop.resize if isinstance(crop, CenterCrop) else size
+    if not (same_size and resize == size):
+        pixels = _resize_and_center_crop(pixels, resize, size)
+    if isinstance(crop, CenterCrop):
+        return pixels
+    shifts = [float(shift) for shift in range(-crop.padding, crop.padding + 1)]
+    return fn.slice(
+        pixels,
+        start=fn.random.uniform(values=shifts, shape=2, dtype=types.INT32),
+        shape=(size, size),
+        axes=(0, 1),
+        out_of_bounds_policy="pad",
+        fill_values=0,
+    )
+
+
+def _resize_and_center_crop(images: DataNode, resize: int, size: int) -> DataNode:
+    """torchvision's `Resize(resize)` and `CenterCrop(size)` as one resampling of the window that remains."""
+    shape = fn.cast(images.shape()[:2], dtype=types.FLOAT)
+    short = math.min(shape[0], shape[1])
+    resized = math.floor(shape * resize / short)
+    excess = resized - size
+    # round(excess / 2) where halves go to the even number, as torchvision rounds
+    start = math.floor((excess + 1) / 4) + math.floor((excess + 2) / 4)
+    scale = shape / resized
+    return fn.resize(images, size=(size, size), roi_start=start * scale, roi_end=(start + size) * scale)
+
+
+def auto_augment(images: DataNode, augment: RandAugment | TrivialAugment | None, size: int) -> DataNode:
+    """With torchvision's defaults: nearest pixel, black moves in, the same ranges of strength."""
+    options = {"fill_value": 0, "interp_type": types.INTERP_NN}
+    if isinstance(augment, RandAugment):
+        images = rand_augment.rand_augment(
+            images,
+            n=augment.operations,
+            m=augment.magnitude,
+            shape=(size, size),
+            max_translate_rel=150 / 331,
+            **options,
+        )
+    elif isinstance(augment, TrivialAugment):
+        images = trivial_augment.trivial_augment_wide(images, max_translate_abs=32, **options)
+    return images
+
+
+def color_jitter(images: DataNode, jitter: ColorJitter) -> DataNode:
+    """Brightness, contrast, saturation and hue in this order (torchvision shuffles them)."""
+    if jitter.brightness:
+        images = fn.brightness(images, brightness=_factor(jitter.brightness))
+    if jitter.contrast:
+        grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
+        # Not `fn.contrast`: its centre must lie in the CPU's memory, wherever the images are.
+        centre = fn.reductions.mean(grey)
+        images = fn.cast_like(centre + (images - centre) * _factor(jitter.contrast), images)
+    if jitter.saturation:
+        images = fn.saturation(images, saturation=_factor(jitter.saturation))
+    if jitter.hue:
+        turns = fn.random.uniform(range=(-360 * jitter.hue, 360 * jitter.hue))
+        images = fn.hue(images, hue=turns)
+    return images
+
+
+def _factor(strength: float) -> DataNode:
+    return fn.random.uniform(range=(max(0.0, 1 - strength), 1 + strength))
+
+
+def normalize(images: DataNode, preprocessing: Preprocessing) -> DataNode:
+    """Flipped at random, (x / 255 - mean) / std; bfloat16, which DALI does not know, comes as float32."""
+    mirror = fn.random.coin_flip() if preprocessing.flip else 0
+    layout = "HWC" if preprocessing.channels_last else "CHW"
+    if preprocessing.dtype == torch.uint8:
+        return fn.crop_mirror_normalize(images, mirror=mirror, output_layout=layout, dtype=types.UINT8)
+    return fn.crop_mirror_normalize(
+        images,
+        mirror=mirror,
+        mean=[255 * value for value in preprocessing.mean],
+        std=[255 * value for value in preprocessing.std],
+        output_layout=layout,
+        dtype=types.FLOAT16 if preprocessing.dtype == torch.float16 else types.FLOAT,
+    )

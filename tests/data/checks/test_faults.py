@@ -1,0 +1,204 @@
+"""What happens to each kind of odd or broken image: in the check at start, `kdav data check` and both loaders.
+
+Odd images that both loaders decode are used as they are: a PNG called .jpg (a note of `kdav data check`), CMYK
+JPEG, 16-bit PNG, names that are not UTF-8. Broken ones stop a run before its first step, and one that breaks later
+stops it with the same message: its name, and what is wrong. Too large ones are stopped by the check alone.
+"""
+
+import io
+import os
+import shutil
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kdav_fast.cli import main
+from kdav_fast.data.checks.start import check_images
+from kdav_fast.data.image_set import printable
+from kdav_fast.data.sources.folder import open_folder
+from kdav_fast.errors import InputError
+
+MAX_PIXELS = 100_000_000
+COLOUR = (200, 100, 50)
+GREY = (90, 90, 90)
+
+
+def png(width: int, height: int, depth: int, colour_type: int, row: bytes) -> bytes:
+    """A PNG file whose rows are all alike."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + row) * height, 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+
+
+def flat_jpeg(mode: str = "RGB") -> bytes:
+    content = io.BytesIO()
+    Image.new("RGB", (24, 16), COLOUR).convert(mode).save(content, "JPEG", quality=95)
+    return content.getvalue()
+
+
+FLAT_PNG = png(8, 8, 8, 2, bytes(COLOUR) * 8)
+GREY_16 = png(8, 8, 16, 0, struct.pack(">H", GREY[0] * 257) * 8)
+COLOUR_16 = png(8, 8, 16, 2, struct.pack(">3H", *(value * 257 for value in COLOUR)) * 8)
+NOISE = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(NOISE, "JPEG")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Eight sound images in train/a/, one in val/a/."""
+    root = tmp_path / "set"
+    for split, count in (("train", 8), ("val", 1)):
+        (root / split / "a").mkdir(parents=True)
+        for number in range(count):
+            (root / split / "a" / f"{number}.png").write_bytes(FLAT_PNG)
+    return root
+
+
+def train_of(root):
+    return open_folder(root)[0]
+
+
+ODD = {
+    "png-inside.jpg": (FLAT_PNG, COLOUR, "is a PNG, and is decoded as such"),
+    "jpeg-inside.png": (flat_jpeg(), COLOUR, "is a JPEG, and is decoded as such"),
+    "cmyk.jpg": (flat_jpeg("CMYK"), COLOUR, None),
+    "grey-16.png": (GREY_16, GREY, None),
+    "colour-16.png": (COLOUR_16, COLOUR, None),
+    os.fsdecode(b"caf\xe9.png"): (FLAT_PNG, COLOUR, None),
+}
+
+
+@pytest.mark.parametrize("name", ODD, ids=printable)
+def test_odd_images_are_used(root, name, make_loader, capsys):
+    content, colour, note = ODD[name]
+    (root / "train/a" / name).write_bytes(content)
+    images = train_of(root)
+    check_images(images, MAX_PIXELS, progress=False)
+    assert main(["data", "check", str(root), "--decode"]) == 0
+    *notes, _ = capsys.readouterr().out.splitlines()
+    assert notes == ([f"train/a/{name}: note: {note}"] if note else [])
+    position = images.paths.index(f"train/a/{name}")
+    pixels = next(iter(make_loader(images, batch_size=9))).images[position] * 255
+    np.testing.assert_allclose(
+        pixels.permute(1, 2, 0),
+        np.broadcast_to(colour, (8, 8, 3)),
+        atol=3 if b"\xff\xd8" in content[:2] else 1e-3,
+    )
+
+
+def link_to_itself(path: Path):
+    path.symlink_to(path.name)
+
+
+def unreadable(path: Path):
+    path.write_bytes(FLAT_PNG)
+    path.chmod(0)
+
+
+BROKEN = {
+    "truncated.jpg": (lambda path: path.write_bytes(NOISE.getvalue()[:-300]), "truncated"),
+    "truncated.png": (lambda path: path.write_bytes(FLAT_PNG[: len(FLAT_PNG) // 2]), "truncated"),
+    "zero-byte.jpg": (lambda path: path.touch(), "empty"),
+    "text.jpg": (lambda path: path.write_text("not found"), "not an image of a known format"),
+    "loop.jpg": (link_to_itself, "cannot be read: Too many levels of symbolic links"),
+    "dangling.jpg": (lambda path: path.symlink_to("x"), "cannot be read: No such file or directory"),
+    "pipe.jpg": (os.mkfifo, "cannot be read: not a regular file"),
+    "device.jpg": (lambda path: path.symlink_to("/dev/zero"), "cannot be read: not a regular file"),
+    "forbidden.png": (unreadable, "cannot be read: Permission denied"),
+    os.fsdecode(b"\xff.jpg"): (lambda path: path.touch(), "empty"),
+}
+
+
+@pytest.fixture(params=BROKEN, ids=printable)
+def broken(request, root):
+    """A tree with a broken image; its printable name and what is wrong with it."""
+    if request.param == "forbidden.png" and os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    make, defect = BROKEN[request.param]
+    make(root / "train/a" / request.param)
+    return f"train/a/{printable(request.param)}", defect
+
+
+def refusal(action, *arguments, **options) -> str:
+    """The one line that an action is refused with."""
+    with pytest.raises(InputError) as error:
+        action(*arguments, **options)
+    text = str(error.value)
+    del error  # it refers to this frame, which would keep a loader's workers
+    assert "\n" not in text
+    return text
+
+
+def test_broken_images_stop_a_run_at_start(root, broken):
+    message = refusal(check_images, train_of(root), MAX_PIXELS, progress=False)
+    name, defect = broken
+    assert f"1 of 9 images in {root} cannot be decoded: {name} ({defect});" in message
+
+
+def test_broken_images_are_listed(root, broken, capsys):
+    name, defect = broken
+    assert main(["data", "check", str(root)]) == 2
+    output = capsys.readouterr()
+    assert output.out == f"{name}: {defect}\n"
+    assert output.err.startswith(f"kdav: error: 1 problem in {root}: 10 images")
+
+
+def test_broken_images_stop_the_loaders(root, broken, make_loader):
+    message = refusal(list, make_loader(train_of(root), batch_size=2))
+    name, defect = broken
+    assert f"1 of 9 images in {root} cannot be decoded: {name} ({defect});" in message
+
+
+def test_an_image_that_vanishes_during_training_is_named(root, make_loader):
+    for number in range(8, 60):
+        shutil.copy(root / "train/a/0.png", root / f"train/a/{number:02d}.png")
+    images = train_of(root)
+    check_images(images, MAX_PIXELS, progress=False)
+    batches = iter(make_loader(images, batch_size=2))
+    next(batches)
+    (root / "train/a/59.png").unlink()
+    message = refusal(list, batches)
+    assert "train/a/59.png (cannot be read: No such file or directory)" in message
+
+
+@pytest.fixture
+def huge(root):
+    """20,000 x 20,000 pixels of one bit in 50 KB; 1.2 GB as RGB."""
+    path = root / "train/a/huge.png"
+    path.write_bytes(png(20_000, 20_000, 1, 0, bytes(2500)))
+    return path
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_huge_image_is_not_decoded(root, huge, capsys):
+    defect = "20000 x 20000 pixels, more than data.max_pixels=100000000"
+    message = refusal(check_images, train_of(root), MAX_PIXELS, progress=False)
+    assert f"train/a/huge.png ({defect});" in message
+    assert main(["data", "check", str(root), "--decode"]) == 2
+    assert capsys.readouterr().out == f"train/a/huge.png: {defect}\n"
+
+
+@pytest.mark.parametrize("loader_class", ["torchvision"], indirect=True)
+def test_a_huge_image_that_comes_later_stops_the_torchvision_loader(root, huge, make_loader):
+    """DALI, which knows no such limit, decodes it if the memory is there."""
+    message = refusal(list, make_loader(train_of(root)))
+    assert "train/a/huge.png (20000 x 20000 pixels, more than the 178956970 Pillow opens)" in message
+
+
+@pytest.mark.parametrize("target", [".", "..", "../.."])
+def test_a_link_to_a_folder_above_is_named(root, target, capsys):
+    (root / "train/a/up").symlink_to(target)
+    message = refusal(train_of, root)
+    assert "train/a/up leads back to a folder above it" in message
+    assert main(["data", "check", str(root)]) == 2
+    assert capsys.readouterr().out.startswith("train/a/up: a link that leads back to a folder above it")
