@@ -1,9 +1,8 @@
-"""The fast loader: an NVIDIA DALI pipeline from file bytes, or from pixels in memory, to normalised tensors."""
+"""The fast loader: NVIDIA DALI from file bytes, or from pixels in memory, to normalised tensors."""
 
 import base64
 import warnings
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, Literal
@@ -13,27 +12,39 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
+from kdav_fast.data import cpu_decoder
 from kdav_fast.data.checks.start import decoding_defects, defects_error
-from kdav_fast.data.dali_graph import auto_augment, color_jitter, crop_pixels, decode_and_crop, normalize
+from kdav_fast.data.cpu_decoder import CpuDecoder
+from kdav_fast.data.dali_graph import (
+    Source,
+    as_source,
+    auto_augment,
+    color_jitter,
+    crop_pixels,
+    decode_and_crop,
+    normalize,
+)
 from kdav_fast.data.epoch_loader import EpochLoader
-from kdav_fast.data.image_set import EncodedImages, PixelImages
-from kdav_fast.data.preprocessing import Preprocessing
+from kdav_fast.data.image_set import EncodedImages
+from kdav_fast.data.preprocessing import Preprocessing, crop_of_square, square_crop
 from kdav_fast.data.read_ahead import read_ahead
 from kdav_fast.errors import InputError
 
-# Batches in DALI's queue, and the one that it fills next.
+# Batches in the pipeline's queue, and those whose files are read before it asks for them.
 _QUEUE = 2
-_BEGUN = _QUEUE + 1
-# Batches whose files are read before DALI asks for them.
 _READ_AHEAD = 2
+# Batches that may have been begun when one fails.
+_BEGUN = _QUEUE + 1 + cpu_decoder.BEGUN
 
 
 class DaliLoader(EpochLoader):
     """Decodes on CPU threads or on the GPU. See `EpochLoader` for the other arguments.
 
+    On the CPU a `CpuDecoder` makes squares of bytes; with a CUDA device they cross to it as bytes. On the GPU
+    the pipeline decodes. Pixels in memory need neither. In each case one pipeline augments and normalises.
+
     Args:
-        decode: `gpu` decodes and resizes there. With `cpu` and a CUDA device, cropped images cross to the
-            GPU as bytes and are augmented and normalised there.
+        decode: where.
         hw_decoder_load: share of the JPEGs for the hardware decoder, 0..1; only for `gpu`.
     """
 
@@ -43,22 +54,26 @@ class DaliLoader(EpochLoader):
         self, *args: Any, decode: Literal["cpu", "gpu"] = "cpu", hw_decoder_load: float = 0.9, **kwargs: Any
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._decode = decode
         self._hw_decoder_load = hw_decoder_load
+        encoded = isinstance(self.images, EncodedImages)
+        self._decode = decode if encoded else None
         self._pipeline: Pipeline | None = None
-        self._checkpoint: bytes | None = None  # of the random operators, where the next pipeline begins
+        self._decoder: CpuDecoder | None = None
+        # States of the random operators, where the next pipeline and the next decoder begin.
+        self._checkpoint: bytes | None = None
+        self._decoder_checkpoint: bytes | None = None
         self._first_epoch = 0  # in which a pipeline without checkpoint began
 
     def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[torch.Tensor]:
         if self._pipeline is None:
-            self._pipeline = self._build(epoch, step)
+            self._build(epoch, step)
         for position in range(step, self.steps_per_epoch):
             try:
                 images = self._run()
             except (RuntimeError, OSError):
                 # A pipeline that failed is lost; a new one can go on from here once the files are repaired.
                 self._checkpoint = self._pipeline.checkpoint()
-                self._pipeline = None
+                self._pipeline = self._decoder = None
                 begun = np.concatenate(list(islice(self.order.upcoming(epoch, position), _BEGUN)))
                 if defects := decoding_defects(self.images, begun.tolist()):
                     raise defects_error(self.images, defects) from None
@@ -69,13 +84,15 @@ class DaliLoader(EpochLoader):
         checkpoint = self._pipeline.checkpoint() if self._pipeline else self._checkpoint
         return {
             **super().state_dict(),
-            "pipeline": checkpoint and base64.b64encode(checkpoint).decode("ascii"),
+            "pipeline": _as_text(checkpoint),
+            "decoder": _as_text(self._decoder_checkpoint),
             "first_epoch": self._first_epoch,
         }
 
     def _restore(self, state: dict[str, Any] | None) -> None:
-        self._pipeline = None  # a pipeline takes a checkpoint only when it is built
-        self._checkpoint = base64.b64decode(state["pipeline"]) if state and state["pipeline"] else None
+        self._pipeline = self._decoder = None  # they take a checkpoint only when they are built
+        self._checkpoint = _as_bytes(state["pipeline"]) if state else None
+        self._decoder_checkpoint = _as_bytes(state["decoder"]) if state else None
         self._first_epoch = state["first_epoch"] if state else self._epoch
 
     def _run(self) -> torch.Tensor:
@@ -85,47 +102,79 @@ class DaliLoader(EpochLoader):
         """
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         (output,) = self._pipeline.run(stream)
+        if self._decoder:
+            self._decoder_checkpoint = self._decoder.checkpoint_of_next()
         images = torch.from_dlpack(output.as_tensor())
         if self.preprocessing.channels_last:
             images = images.permute(0, 3, 1, 2)
         return images.to(self.preprocessing.dtype)
 
-    def _build(self, epoch: int, step: int) -> Pipeline:
+    def _build(self, epoch: int, step: int) -> None:
         gpu = None
         if self.device.type == "cuda":
             gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
-        # Ranks share the order of images but not the augmentation.
-        entropy = (self.order.seed, self.order.rank, self._first_epoch)
-        seed = np.random.SeedSequence(entropy).generate_state(1)[0]
-        with _without_deprecations():
-            pipeline = self._define(epoch, step, gpu, int(seed))
-            try:
+        batches = self.order.upcoming(epoch, step)
+        try:
+            with _without_deprecations():
+                pipeline = _pipeline(
+                    as_source(self._inputs(batches), _QUEUE),
+                    self.preprocessing,
+                    self._decode,
+                    None if self._decode else self.images.pixels,
+                    self._hw_decoder_load,
+                    self.device.type == "cuda",
+                    batch_size=self.order.batch_size,
+                    num_threads=self.workers,
+                    device_id=gpu,
+                    seed=self._random_seed(0),
+                    prefetch_queue_depth=_QUEUE,
+                    enable_checkpointing=True,
+                    checkpoint=self._checkpoint,
+                )
                 pipeline.build()
-            except RuntimeError as error:
-                if self._checkpoint is None:
-                    raise
-                raise InputError(
-                    f"the saved position in the {self.images.split} images does not fit this DALI pipeline; resume "
-                    "with the DALI version and data.decode it was saved with, or start a new run"
-                ) from error
-        return pipeline
+        except RuntimeError as error:
+            self._decoder = None
+            if self._checkpoint is None:
+                raise
+            raise InputError(
+                f"the saved position in the {self.images.split} images does not fit this DALI pipeline; resume "
+                "with the DALI version and data.decode it was saved with, or start a new run"
+            ) from error
+        self._pipeline = pipeline
 
-    def _define(self, epoch: int, step: int, gpu: int | None, seed: int) -> Pipeline:
-        return _pipeline(
-            self.images,
-            _source(self.images, self.order.upcoming(epoch, step)),
-            self.preprocessing,
-            self._decode,
-            self._hw_decoder_load,
-            self.device.type == "cuda",
-            batch_size=self.order.batch_size,
-            num_threads=self.workers,
-            device_id=gpu,
-            seed=seed,
-            prefetch_queue_depth=_QUEUE,
-            enable_checkpointing=True,
-            checkpoint=self._checkpoint,
-        )
+    def _inputs(self, batches: Iterator[np.ndarray]) -> Iterator:
+        """What the pipeline takes for each batch: files, or squares, or pixels. Refers to no loader: in a
+        reference cycle, its threads would outlive it."""
+        if self._decode == "gpu":
+            return read_ahead(batches, self.images.read, _READ_AHEAD)
+        if self._decode == "cpu":
+            self._decoder = CpuDecoder(
+                self.images,
+                batches,
+                square_crop(self.preprocessing.crop, self.preprocessing.size),
+                self.preprocessing.size,
+                batch_size=self.order.batch_size,
+                threads=self.workers,
+                seed=self._random_seed(1),
+                checkpoint=self._decoder_checkpoint,
+            )
+            return self._decoder
+        # On the CPU by NumPy: torch takes ten times as long to pick rows of bytes.
+        pixels = self.images.pixels if self.images.pixels.is_cuda else self.images.pixels.numpy()
+        return (pixels[batch] for batch in batches)
+
+    def _random_seed(self, use: int) -> int:
+        """Ranks share the order of images but not the augmentation."""
+        entropy = (self.order.seed, self.order.rank, self._first_epoch, use)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
+
+
+def _as_text(checkpoint: bytes | None) -> str | None:
+    return checkpoint and base64.b64encode(checkpoint).decode("ascii")
+
+
+def _as_bytes(text: str | None) -> bytes | None:
+    return text and base64.b64decode(text)
 
 
 @contextmanager
@@ -138,47 +187,28 @@ def _without_deprecations() -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-Source = Callable[[int], Any]
-
-
-def _source(images: EncodedImages | PixelImages, batches: Iterator[np.ndarray]) -> Source:
-    """Answers DALI when it asks for the next batch's bytes or pixels. Refers to no loader: in a reference
-    cycle, the pipeline's threads would outlive it."""
-    if isinstance(images, EncodedImages):
-        contents = read_ahead(batches, images.read, _READ_AHEAD)
-    else:
-        # On the CPU by NumPy: torch takes ten times as long to pick rows of bytes.
-        pixels = images.pixels if images.pixels.is_cuda else images.pixels.numpy()
-        contents = (pixels[batch] for batch in batches)
-    in_use = deque(maxlen=_BEGUN + 1)  # DALI does not copy what it was given
-
-    def next_batch(_iteration: int) -> Any:
-        in_use.append(next(contents))
-        return in_use[-1]
-
-    return next_batch
-
-
 @pipeline_def(enable_conditionals=True)  # auto_augment needs conditionals
 def _pipeline(
-    images: EncodedImages | PixelImages,
     source: Source,
     preprocessing: Preprocessing,
-    decode: Literal["cpu", "gpu"],
+    decode: Literal["cpu", "gpu"] | None,
+    pixels: torch.Tensor | None,
     hw_decoder_load: float,
     on_gpu: bool,
 ) -> DataNode:
     crop, size = preprocessing.crop, preprocessing.size
-    if isinstance(images, EncodedImages):
+    if decode == "gpu":
         encoded = fn.external_source(source, ndim=1, dtype=types.UINT8, no_copy=True)
-        device = "mixed" if decode == "gpu" else "cpu"
-        square = decode_and_crop(encoded, crop, size, device, hw_decoder_load)
+        square = decode_and_crop(encoded, crop, size, "mixed", hw_decoder_load)
+    elif decode == "cpu":
+        square = fn.external_source(source, layout="HWC", dtype=types.UINT8, no_copy=True)
+        square = crop_pixels(square, crop_of_square(crop, size), size, same_size=True)
     else:
-        device = "gpu" if images.pixels.is_cuda else "cpu"
-        pixels = fn.external_source(
+        device = "gpu" if pixels.is_cuda else "cpu"
+        whole = fn.external_source(
             source, layout="HWC", dtype=types.UINT8, device=device, no_copy=device == "cpu"
         )
-        square = crop_pixels(pixels, crop, size, same_size=tuple(images.pixels.shape[1:3]) == (size, size))
+        square = crop_pixels(whole, crop, size, same_size=tuple(pixels.shape[1:3]) == (size, size))
     if on_gpu:
         square = square.gpu()
     square = auto_augment(square, preprocessing.augment, size)

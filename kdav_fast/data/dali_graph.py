@@ -1,6 +1,8 @@
 """The DALI graph from encoded or decoded images to network input, piece by piece."""
 
-from typing import Literal
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from nvidia.dali import fn, math, types
@@ -20,10 +22,33 @@ from kdav_fast.data.preprocessing import (
 Crop = RandomResizedCrop | PaddedCrop | CenterCrop
 
 
+Source = Callable[[int], Any]
+"""What DALI asks for the input of each batch."""
+
+
+def as_source(batches: Iterator, queue: int) -> Source:
+    """The batches of an iterator, each kept alive while DALI, which does not copy it, may use it.
+
+    Args:
+        batches: lists of arrays, or arrays; endless.
+        queue: how many batches the pipeline has in work.
+    """
+    in_use = deque(maxlen=queue + 2)
+
+    def next_batch(_iteration: int) -> Any:
+        in_use.append(next(batches))
+        return in_use[-1]
+
+    return next_batch
+
+
 def decode_and_crop(
     encoded: DataNode, crop: Crop, size: int, device: Literal["cpu", "mixed"], hw_decoder_load: float
 ) -> DataNode:
-    """From file bytes to S x S x 3 bytes. EXIF rotation is ignored, as by torchvision and with published weights."""
+    """From file bytes to S x S x 3 bytes. EXIF rotation is ignored, as by torchvision and with published weights.
+
+    Meant for the GPU ("mixed"): on a CPU, `CpuDecoder` is faster.
+    """
     options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
     if device == "mixed":
         # Fancy upsampling is what CPU decoders do.

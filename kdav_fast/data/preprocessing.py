@@ -114,6 +114,18 @@ def evaluation_preprocessing(config: DataConfig, normalization: Normalization) -
     return _fixed(config, CenterCrop(resize), normalization)
 
 
+def square_crop(
+    crop: RandomResizedCrop | PaddedCrop | CenterCrop, size: int
+) -> RandomResizedCrop | CenterCrop:
+    """The part of a crop that needs the whole image; `crop_of_square` does the rest on what it leaves."""
+    return CenterCrop(size) if isinstance(crop, PaddedCrop) else crop
+
+
+def crop_of_square(crop: RandomResizedCrop | PaddedCrop | CenterCrop, size: int) -> PaddedCrop | CenterCrop:
+    """What remains to be done after `square_crop`: a shift, or nothing."""
+    return crop if isinstance(crop, PaddedCrop) else CenterCrop(size)
+
+
 def pixel_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
     """The bytes that a resident set keeps, from which the crop of `preprocessing` can still be taken."""
     crop = (

@@ -1,0 +1,148 @@
+"""From files to squares of bytes on the CPU: DALI decodes, torch resamples."""
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Barrier
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.data_node import DataNode
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from kdav_fast.data.dali_graph import Source, as_source
+from kdav_fast.data.image_set import EncodedImages
+from kdav_fast.data.preprocessing import CenterCrop, RandomResizedCrop
+from kdav_fast.data.read_ahead import read_ahead
+
+QUEUE = 2
+"""Batches that DALI decodes ahead."""
+# Batches whose files are read before DALI asks for them, and decoded ones whose resampling has begun.
+_READ_AHEAD = 2
+_RESAMPLED_AHEAD = 1
+BEGUN = QUEUE + _RESAMPLED_AHEAD + 1
+"""Batches that may have been begun beyond the one that was handed out."""
+
+
+class CpuDecoder:
+    """An iterator over batches of B x S x S x 3 bytes (NumPy).
+
+    DALI decodes only what is inside a random crop. torch then resamples, because its routine for bytes takes half
+    the time of DALI's on a CPU; it is Pillow's to one level of 255, up to the edges.
+
+    Args:
+        images: the split.
+        batches: B positions for every batch; endless.
+        crop: the random part, or the middle.
+        size: S, pixels.
+        batch_size: B.
+        threads: for decoding, and again for resampling.
+        seed: of the random parts.
+        checkpoint: where an earlier decoder's random state was; None begins anew.
+
+    Raises:
+        RuntimeError: an image cannot be decoded, or (from the constructor) the checkpoint does not fit.
+        OSError: an image cannot be read.
+    """
+
+    def __init__(
+        self,
+        images: EncodedImages,
+        batches: Iterator[np.ndarray],
+        crop: RandomResizedCrop | CenterCrop,
+        size: int,
+        *,
+        batch_size: int,
+        threads: int,
+        seed: int,
+        checkpoint: bytes | None,
+    ) -> None:
+        self._crop, self._size = crop, size
+        self._pipeline = _pipeline(
+            as_source(read_ahead(batches, images.read, _READ_AHEAD), QUEUE),
+            crop,
+            batch_size=batch_size,
+            num_threads=threads,
+            device_id=None,
+            seed=seed,
+            prefetch_queue_depth=QUEUE,
+            enable_checkpointing=True,
+            checkpoint=checkpoint,
+        )
+        self._pipeline.build()
+        self._threads = _single_threaded_pool(threads)
+        self._workers = threads
+        self._begun: deque[tuple[Tensor, list[Future]]] = deque()
+        self._checkpoints: deque[bytes] = deque()
+
+    def __iter__(self) -> "CpuDecoder":
+        return self
+
+    def __next__(self) -> np.ndarray:
+        while len(self._begun) <= _RESAMPLED_AHEAD:
+            self._begin()
+        squares, parts = self._begun.popleft()
+        for part in parts:
+            part.result()
+        return squares.numpy()
+
+    def checkpoint_of_next(self) -> bytes:
+        """The random state after the oldest batch that this was not asked about yet."""
+        return self._checkpoints.popleft()
+
+    def _begin(self) -> None:
+        (decoded,) = self._pipeline.run()
+        self._checkpoints.append(self._pipeline.checkpoint())
+        if decoded.is_dense_tensor() and decoded.shape()[0][:2] == (self._size, self._size):
+            self._begun.append((torch.from_dlpack(decoded.as_tensor()), []))
+            return
+        squares = torch.empty(len(decoded), self._size, self._size, 3, dtype=torch.uint8)
+
+        def resample(positions: np.ndarray) -> None:
+            for position in positions.tolist():
+                image = torch.from_dlpack(decoded[position]).permute(2, 0, 1)[None]
+                _resample(image, self._crop, squares[position : position + 1].permute(0, 3, 1, 2))
+
+        parts = np.array_split(np.arange(len(decoded)), 2 * self._workers)
+        self._begun.append((squares, [self._threads.submit(resample, part) for part in parts]))
+
+
+def _resample(image: Tensor, crop: RandomResizedCrop | CenterCrop, square: Tensor) -> None:
+    """Fill `square` (1 x 3 x S x S) from an image or a part of one (1 x 3 x H x W), antialiased bilinear."""
+    size = square.shape[2]
+    if isinstance(crop, RandomResizedCrop):
+        # What torch.nn.functional.interpolate calls; writing in place saves a copy and its page faults.
+        torch.ops.aten._upsample_bilinear2d_aa.out(image, [size, size], False, None, None, out=square)
+    else:
+        square.copy_(functional.center_crop(functional.resize(image, [crop.resize]), [size, size]))
+
+
+def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
+    """Threads in which torch does not divide its work among further ones."""
+    all_started = Barrier(threads + 1)
+    wanted = torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)  # of this thread, and the default of later ones
+        all_started.wait()
+
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="resample", initializer=start)
+    for _ in range(threads):
+        pool.submit(int)
+    all_started.wait()
+    torch.set_num_threads(wanted)
+    return pool
+
+
+@pipeline_def
+def _pipeline(source: Source, crop: RandomResizedCrop | CenterCrop) -> DataNode:
+    encoded = fn.external_source(source, ndim=1, dtype=types.UINT8, no_copy=True)
+    # EXIF rotation is ignored, as by torchvision and with published weights.
+    options = {"output_type": types.RGB, "adjust_orientation": False}
+    if isinstance(crop, CenterCrop):
+        return fn.decoders.image(encoded, **options)
+    return fn.decoders.image_random_crop(
+        encoded, random_area=crop.area, random_aspect_ratio=crop.aspect_ratio, **options
+    )
