@@ -98,12 +98,12 @@ class CpuDecoder:
         if decoded.is_dense_tensor() and decoded.shape()[0][:2] == (self._size, self._size):
             self._begun.append((torch.from_dlpack(decoded.as_tensor()), []))
             return
-        squares = torch.empty(len(decoded), self._size, self._size, 3, dtype=torch.uint8)
+        crop, squares = self._crop, torch.empty(len(decoded), self._size, self._size, 3, dtype=torch.uint8)
 
         def resample(positions: np.ndarray) -> None:
             for position in positions.tolist():
                 image = torch.from_dlpack(decoded[position]).permute(2, 0, 1)[None]
-                _resample(image, self._crop, squares[position : position + 1].permute(0, 3, 1, 2))
+                _resample(image, crop, squares[position : position + 1].permute(0, 3, 1, 2))
 
         parts = np.array_split(np.arange(len(decoded)), 2 * self._workers)
         self._begun.append((squares, [self._threads.submit(resample, part) for part in parts]))
