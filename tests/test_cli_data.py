@@ -118,7 +118,15 @@ def test_no_such_folder(tmp_path, capsys):
     assert "nowhere is not a folder" in line
 
 
-def test_ctrl_c_ends_it(root, capsys, monkeypatch):
+@pytest.fixture
+def ctrl_c():
+    """As on a terminal; a shell's background jobs ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_it(root, capsys, monkeypatch, ctrl_c):
     for number in range(2000):
         (root / f"train/cat/x{number}.png").touch()
     examined = []

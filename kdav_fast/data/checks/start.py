@@ -107,7 +107,7 @@ def defects_error(images: ImageSet, defects: list[str], most: int = 5) -> InputE
     """The error that names the first `most` of some defective images."""
     named = ", ".join(defects[:most]) + (f" and {len(defects) - most} more" if len(defects) > most else "")
     return InputError(
-        f"{len(defects)} of {len(images)} images in {images.root} cannot be decoded: {named}; replace or remove "
+        f"{len(defects)} of {len(images)} images in {images.root} cannot be used: {named}; replace or remove "
         "them, or leave them out by data.skip_list, which 'kdav data check --quarantine' writes"
     )
 

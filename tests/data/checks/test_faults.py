@@ -142,7 +142,7 @@ def refusal(action, *arguments, **options) -> str:
 def test_broken_images_stop_a_run_at_start(root, broken):
     message = refusal(check_images, train_of(root), MAX_PIXELS, progress=False)
     name, defect = broken
-    assert f"1 of 9 images in {root} cannot be decoded: {name} ({defect});" in message
+    assert f"1 of 9 images in {root} cannot be used: {name} ({defect});" in message
 
 
 def test_broken_images_are_listed(root, broken, capsys):
@@ -156,7 +156,7 @@ def test_broken_images_are_listed(root, broken, capsys):
 def test_broken_images_stop_the_loaders(root, broken, make_loader):
     message = refusal(list, make_loader(train_of(root), batch_size=2))
     name, defect = broken
-    assert f"1 of 9 images in {root} cannot be decoded: {name} ({defect});" in message
+    assert f"1 of 9 images in {root} cannot be used: {name} ({defect});" in message
 
 
 def test_an_image_that_vanishes_during_training_is_named(root, make_loader):

@@ -161,7 +161,7 @@ def test_the_error_names_the_first_files_and_the_count(numbered_split):
 def test_the_error_says_what_to_do(numbered_split):
     message = str(defects_error(numbered_split(3), ["a (empty)"]))
     assert message.startswith("1 of 3 images in ")
-    assert "cannot be decoded: a (empty); replace or remove them" in message
+    assert "cannot be used: a (empty); replace or remove them" in message
     assert "data.skip_list" in message
     assert "kdav data check" in message
 

@@ -249,7 +249,7 @@ def test_a_quarantine_makes_a_run_start(root, tmp_path):
         check_images(split, config.max_pixels, progress=False)
     again = look(root, skip_list=skip_list)
     assert (again.problems, again.images) == ([], {"train": 3, "val": 3})
-    with pytest.raises(InputError, match="cannot be decoded: train/cat/0.png"):
+    with pytest.raises(InputError, match="cannot be used: train/cat/0.png"):
         check_images(
             open_images(DataConfig(name="folder", root=root), 0).train, config.max_pixels, progress=False
         )
