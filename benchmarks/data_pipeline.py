@@ -53,8 +53,9 @@ EPOCHS = 5
 LONG_EPOCH = 2**17
 PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numpy")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# DALI's queue holds 2 batches and 1 that is being made; the files of 2 more have been read; 1 to settle.
-DALI_READY = 6
+# The pipeline's queue holds 2 batches and 1 that is being made, the decoder before it 1 that is resampled, 2 that are
+# decoded and 1 that is being decoded; the files of 2 more have been read; 1 to settle.
+DALI_READY = 10
 
 
 class Round(NamedTuple):

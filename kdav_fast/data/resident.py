@@ -37,7 +37,7 @@ def decode_once(
     """All images of a split as pixels on `device`.
 
     Args:
-        loader: of the split, in order, whose preprocessing gives bytes (dtype uint8); delivers on the CPU.
+        loader: of the split, in order, whose preprocessing gives bytes (dtype uint8).
         device: where the pixels are kept, by every process.
         local_world: processes on this machine, each of which needs the memory.
         progress: show a bar on stderr.

@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 from kdav_fast.errors import InputError
+from kdav_fast.evaluate import evaluate_file
 from kdav_fast.metrics_log import read_metrics
 from kdav_fast.student_file import read_student
 from kdav_fast.train import loop
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.progress import Progress
+from tests.data.sources.small_archives import CLASSES, FOLDERS, files_of, truth_of, write_tar
 
 
 @pytest.fixture(scope="session")
@@ -69,6 +71,24 @@ def test_every_way_of_loading_trains_the_same_student(small_config, tmp_path):
     assert len(losses[0]) == 16
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], rel=2e-3)
+
+
+def test_a_run_on_a_published_archive_is_evaluated_and_continued_there(small_config, tmp_path):
+    archive, folder = next(iter(FOLDERS["cifar10"].items()))
+    write_tar(tmp_path / archive, folder, files_of("cifar10", archive))
+    data = {
+        "name": "cifar10",
+        "root": str(tmp_path),
+        "image_size": 32,
+        "crop_padding": 4,
+        "train_subset": None,
+    }
+    config = small_config(tmp_path / "run", data=data, train={"epochs": 1, "batch_size": 4})
+    accuracy = run_training(config)
+    assert accuracy.images == len(truth_of("cifar10")["test"][1])
+    assert read_student(config.run_dir)[1].classes == CLASSES["cifar10"]
+    assert evaluate_file(config.run_dir, ["device=cpu"]) == accuracy
+    assert run_training(config) == accuracy
 
 
 def test_half_precision_images_need_networks_that_take_them(small_config, tmp_path):
