@@ -22,6 +22,7 @@ QUEUE = 2
 # Batches whose files are read before DALI asks for them, and decoded ones whose resampling has begun.
 _READ_AHEAD = 2
 _RESAMPLED_AHEAD = 1
+_LONGEST = 16  # times the short side
 BEGUN = QUEUE + _RESAMPLED_AHEAD + 1
 """Batches that may have been begun beyond the one that was handed out."""
 
@@ -116,7 +117,16 @@ def _resample(image: Tensor, crop: RandomResizedCrop | CenterCrop, square: Tenso
         # What torch.nn.functional.interpolate calls; writing in place saves a copy and its page faults.
         torch.ops.aten._upsample_bilinear2d_aa.out(image, [size, size], False, None, None, out=square)
     else:
-        square.copy_(functional.center_crop(functional.resize(image, [crop.resize]), [size, size]))
+        square.copy_(functional.center_crop(functional.resize(_middle(image), [crop.resize]), [size, size]))
+
+
+def _middle(image: Tensor) -> Tensor:
+    """Without the far ends of an image that is very long: nothing of them is left after the crop, but resizing
+    them could fill the memory. As much goes from either end, so that the middle stays where it is."""
+    height, width = image.shape[2:]
+    longest = _LONGEST * min(height, width)
+    top, left = (max(0, side - longest) // 2 for side in (height, width))
+    return image[:, :, top : height - top, left : width - left]
 
 
 def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:

@@ -1,4 +1,5 @@
 import gc
+import resource
 import threading
 import time
 from itertools import cycle, islice
@@ -43,6 +44,28 @@ def test_a_fixed_crop_is_a_resampling_of_the_short_side_and_the_middle_of_it(pho
 def test_images_of_the_wanted_size_are_not_touched(make_split):
     pixels = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3))
     np.testing.assert_array_equal(next(decoder(make_split(pixels), CenterCrop(16))), pixels[[0, 3, 5]])
+
+
+@pytest.mark.parametrize("shape", [(3, 250), (250, 3), (4, 301)])
+def test_the_far_ends_of_a_very_long_image_change_nothing(make_split, shape):
+    image = smooth_photograph(*shape, 0)
+    square = next(decoder(make_split([image] * 6), CenterCrop(20)))[0]
+    scaled = [20 * side // min(shape) for side in shape]
+    planes = torch.from_numpy(image).permute(2, 0, 1)[None].double()
+    resized = F.interpolate(planes, scaled, mode="bilinear", antialias=True)[0]
+    top, left = (round((side - 16) / 2) for side in scaled)
+    expected = resized[:, top : top + 16, left : left + 16].permute(1, 2, 0)
+    # The scale, a quotient of whole pixels, differs in its third digit.
+    assert (torch.from_numpy(square).double() - expected).abs().max() < 3
+
+
+def test_a_very_long_image_does_not_fill_the_memory(make_split):
+    """Resized as a whole it would have 20 x 4,000,000 pixels."""
+    image = np.arange(200_000)[None, :, None] // 1000 + np.zeros((1, 1, 3), np.int64)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    square = next(decoder(make_split([image] * 6), CenterCrop(20)))[0]
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) < 100_000  # KiB
+    assert set(square.ravel()) <= {99, 100}
 
 
 def test_random_parts_depend_on_the_seed_and_on_nothing_else(photographs):
