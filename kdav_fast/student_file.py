@@ -1,9 +1,10 @@
 """Students on disk: safetensors with a card that says what the weights are and how they were made."""
 
+import json
 from pathlib import Path
 
 from pydantic import ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
@@ -42,11 +43,22 @@ class StudentCard(Section):
 
 
 def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> None:
-    """Write weights and card; a crash leaves the old file or the new one, never half of one."""
+    """Write weights and card: the same bytes for the same content. A crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata={_CARD_KEY: card.model_dump_json(), "format": "pt"})
+    metadata = {_CARD_KEY: card.model_dump_json(), "format": "pt"}
+    temporary.write_bytes(_with_sorted_metadata(save(weights, metadata)))
     temporary.replace(path)
+
+
+def _with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file (8 bytes of length, a JSON header, tensors), whose writer shuffles the metadata."""
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_card(metadata: dict[str, str]) -> StudentCard | None:

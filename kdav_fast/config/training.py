@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kdav_fast.config.section import Count, Fraction, Lenient, NonNegative, Positive, Section
+from kdav_fast.config.section import Count, ExpandedPath, Fraction, Lenient, NonNegative, Positive, Section
 
 
 class OptimizerConfig(Section):
@@ -61,6 +61,8 @@ class TrainConfig(Section):
     """`auto`: bf16 where the GPU has it, else fp32."""
     zero_stage: Literal[0, 1, 2] = 0
     """How far DeepSpeed shards the student's training state."""
+    deepspeed: ExpandedPath | None = None
+    """JSON file with further settings of DeepSpeed, such as launch/deepspeed/overlap.json."""
     clip_grad_norm: NonNegative = 0.0
     """0: off."""
     label_smoothing: Fraction = 0.0

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 
 from kdav_fast.config import TrainConfig
+from kdav_fast.errors import InputError
+from kdav_fast.train.deepspeed_config import deepspeed_config
 from kdav_fast.train.distributed import Cluster
 
 
@@ -47,24 +49,27 @@ def build_engine(
         config: batch size, accumulation, clipping and ZeRO stage.
         cluster: the run's processes.
         dtype: autocast dtype; None for float32.
+
+    Raises:
+        InputError: `config.deepspeed` names a file that cannot be used.
     """
     deepspeed = _import_deepspeed(cluster.device)
     deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=lambda base: torch.optim.lr_scheduler.LambdaLR(base, lr_factor),
-        dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": micro_batch_size(config, cluster.world),
-            "gradient_accumulation_steps": config.accumulate,
-            "gradient_clipping": config.clip_grad_norm,
-            "zero_optimization": {"stage": config.zero_stage},
-            "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
-            "torch_autocast": {"enabled": dtype is not None, "dtype": "bfloat16"},
-            "steps_per_print": 2**31,
-        },
-    )
+    settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype)
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=lambda base: torch.optim.lr_scheduler.LambdaLR(base, lr_factor),
+            dist_init_required=False,
+            config=settings,
+        )
+    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        if config.deepspeed is None:
+            raise
+        raise InputError(
+            f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {' '.join(str(error).split())}"
+        ) from None
     if config.zero_stage == 0:
         # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The
         # higher stages keep weights as views of one flat buffer, which have no such strides.
