@@ -110,3 +110,9 @@ def as_source(request, tmp_path):
 @pytest.fixture
 def through_json():
     return lambda state: json.loads(json.dumps(state))
+
+
+@pytest.fixture
+def noise_split(make_split):
+    """Eleven images of noise, so that no two crops are alike."""
+    return make_split(np.random.default_rng(0).integers(0, 256, (11, 12, 12, 3)))
