@@ -30,8 +30,8 @@ BEGUN = QUEUE + _RESAMPLED_AHEAD + 1
 class CpuDecoder:
     """An iterator over batches of B x S x S x 3 bytes (NumPy).
 
-    DALI decodes only what is inside a random crop. torch then resamples, because its routine for bytes takes half
-    the time of DALI's on a CPU; it is Pillow's to one level of 255, up to the edges.
+    DALI decodes only what is inside a random crop. torch then resamples: on a CPU its routine for bytes is the
+    faster one (1,091 against 714 images/s for the whole loader), and it is Pillow's to a level of 255, up to the edges.
 
     Args:
         images: the split.

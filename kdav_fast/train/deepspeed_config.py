@@ -27,7 +27,6 @@ _DECIDED_BY = {
 }
 """DeepSpeed's keys for what the run's config says, and where it says it."""
 _FREE = (
-    "aio",
     "communication_data_type",
     "csv_monitor",
     "flops_profiler",
@@ -89,7 +88,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _require_free(added: dict[str, Any], decided: dict[str, Any], path: Path) -> None:
     """Refuse what is decided elsewhere, unless it says the same or, as in other programs' files, "auto"."""
     given = {key: value for key, value in added.items() if key != "zero_optimization"}
-    if "stage" in (zero := added.get("zero_optimization", {})):
+    zero = added.get("zero_optimization", {})
+    if "stage" in zero:
         given["zero_optimization.stage"] = zero["stage"]
     known = {**decided, "zero_optimization.stage": decided["zero_optimization"]["stage"]}
     for key, value in given.items():
@@ -104,4 +104,9 @@ def _require_free(added: dict[str, Any], decided: dict[str, Any], path: Path) ->
         near = difflib.get_close_matches(key, _FREE, n=1, cutoff=0.0)[0]
         raise InputError(
             f"train.deepspeed {path} sets {key}, which it may not; the nearest key that it may set is {near}"
+        )
+    if zero.keys() - {"stage"} and known["zero_optimization.stage"] == 0:
+        raise InputError(
+            f"train.deepspeed {path} sets zero_optimization, which has no effect at train.zero_stage=0; set "
+            "train.zero_stage=1 or 2"
         )

@@ -88,20 +88,23 @@ def test_a_checkpoint_is_of_the_batch_that_was_taken_however_many_are_begun(phot
 
 
 def test_the_process_keeps_its_threads_and_loses_the_decoder_s(photographs):
-    wanted = torch.get_num_threads()
+    wanted, before = torch.get_num_threads(), set(threading.enumerate())
+
+    def started() -> list[str]:
+        names = (thread.name for thread in set(threading.enumerate()) - before)
+        return [name for name in names if name.startswith(("resample", "read-ahead"))]
+
     running = decoder(photographs, RANDOM)
     next(running)
     assert torch.get_num_threads() == wanted
-    names = [thread.name for thread in threading.enumerate()]
-    assert sum(name.startswith("resample") for name in names) == 2
+    assert sum(name.startswith("resample") for name in started()) == 2
     del running
     for _ in range(100):
         gc.collect()  # DALI's pipelines refer to themselves
-        left = [t.name for t in threading.enumerate() if t.name.startswith(("resample", "read-ahead"))]
-        if not left:
+        if not started():
             break
         time.sleep(0.1)
-    assert not left
+    assert not started()
 
 
 def test_new_threads_get_torch_s_usual_number(photographs):

@@ -48,8 +48,9 @@ def test_an_error_appears_with_its_own_batch():
 
 
 def test_its_threads_end_with_it():
+    before = set(threading.enumerate())
     contents = read_ahead((np.arange(4) for _ in count()), lambda position: np.zeros(1), depth=1)
     next(contents)
-    assert any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    assert any(t.name.startswith("read-ahead") for t in set(threading.enumerate()) - before)
     del contents
-    assert not any(thread.name.startswith("read-ahead") for thread in threading.enumerate())
+    assert not set(threading.enumerate()) - before

@@ -65,6 +65,10 @@ def test_the_same_value_and_auto_are_no_conflict(settings):
         ({"gradient_clipping": 1.0}, r"train\.clip_grad_norm decides that, which gives 0\.0; remove"),
         ({"bf16": {"enabled": True}}, r"sets bf16 to .*, but train\.precision decides that"),
         ({"optimizer": {"type": "Adam"}}, "the optimizer section decides that"),
+        (
+            {"zero_optimization": {"overlap_comm": True}},
+            r"no effect at train\.zero_stage=0; set train\.zero_stage=1",
+        ),
         ({"zero_optimisation": {}}, r"sets zero_optimisation, which it may not; .* is zero_optimization"),
         ("{'a': 1}", "is not valid JSON: .*; mend it"),
         ("[1]", "must hold keys and values"),
@@ -86,7 +90,7 @@ def test_what_deepspeed_itself_refuses_is_told_in_one_line(small_config, tmp_pat
     path = tmp_path / "deepspeed.json"
     path.write_text('{"zero_optimization": {"overlap_com": true}}')
     with pytest.raises(InputError, match=r"DeepSpeed refuses .*deepspeed\.json.*overlap_com") as error:
-        run_training(small_config(tmp_path / "run", train={"deepspeed": str(path)}))
+        run_training(small_config(tmp_path / "run", train={"deepspeed": str(path), "zero_stage": 1}))
     assert "\n" not in str(error.value)
 
 
@@ -103,3 +107,16 @@ def test_examples_are_in_force_and_change_no_result(small_config, tmp_path, exam
     for key, value in json.loads(example.read_text())["zero_optimization"].items():
         assert in_force[key] == value
         assert getattr(parts.engine._config.zero_config, key) == value
+
+
+def test_profilers_and_monitors_write_their_files(small_config, tmp_path):
+    flops, monitor = tmp_path / "flops.txt", tmp_path / "csv"
+    content = {
+        "flops_profiler": {"enabled": True, "profile_step": 2, "output_file": str(flops)},
+        "csv_monitor": {"enabled": True, "output_path": str(monitor), "job_name": "run"},
+    }
+    path = tmp_path / "deepspeed.json"
+    path.write_text(json.dumps(content))
+    run_training(small_config(tmp_path / "run", train={"epochs": 1, "deepspeed": str(path)}))
+    assert "Flops Profiler" in flops.read_text()
+    assert len((monitor / "run" / "Train_Samples_lr.csv").read_text().splitlines()) > 2
