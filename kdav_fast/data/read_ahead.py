@@ -28,19 +28,19 @@ def read_ahead(
     def read_part(positions: Sequence[int]) -> list[np.ndarray]:
         return [read(position) for position in positions]
 
+    # Never shut down or joined here: a discarded iterator is finalised wherever Python's collector happens to run,
+    # which may be inside `threading` or `concurrent.futures`, under the very lock that a shutdown waits for.
+    # The threads end by themselves once nothing refers to the pool.
+    pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
     # One task a thread and batch: a task for each image costs more than reading a small one.
     pending: deque[list[Future]] = deque()
-    with ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead") as pool:
-        try:
-            for batch in batches:
-                parts = np.array_split(batch, READERS)
-                pending.append([pool.submit(read_part, part.tolist()) for part in parts if len(part)])
-                if len(pending) > depth:
-                    yield _contents(pending.popleft())
-            while pending:
-                yield _contents(pending.popleft())
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    for batch in batches:
+        parts = np.array_split(batch, READERS)
+        pending.append([pool.submit(read_part, part.tolist()) for part in parts if len(part)])
+        if len(pending) > depth:
+            yield _contents(pending.popleft())
+    while pending:
+        yield _contents(pending.popleft())
 
 
 def _contents(parts: list[Future]) -> list[np.ndarray]:

@@ -1,11 +1,15 @@
+import importlib
 import threading
 import time
+from contextlib import ExitStack
 from itertools import count, islice
 
 import numpy as np
 import pytest
 
 from kdav_fast.data.read_ahead import read_ahead
+
+LOCK = type(threading.Lock())
 
 
 def test_contents_come_in_the_order_of_the_positions_whichever_is_read_first():
@@ -47,10 +51,38 @@ def test_an_error_appears_with_its_own_batch():
         next(contents)
 
 
-def test_its_threads_end_with_it():
-    before = set(threading.enumerate())
+def endless_reading():
+    """An iterator whose threads have begun."""
     contents = read_ahead((np.arange(4) for _ in count()), lambda position: np.zeros(1), depth=1)
     next(contents)
-    assert any(t.name.startswith("read-ahead") for t in set(threading.enumerate()) - before)
+    return contents
+
+
+def test_its_threads_end_with_it():
+    before = set(threading.enumerate())
+    contents = endless_reading()
+    started = [t for t in set(threading.enumerate()) - before if t.name.startswith("read-ahead")]
+    assert started
     del contents
-    assert not set(threading.enumerate()) - before
+    for thread in started:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("module", ["threading", "concurrent.futures.thread"])
+def test_it_can_be_collected_under_any_lock_of_the_library(module):
+    """Where the collector runs is chance: it once ran while a thread was starting, and joined threads there."""
+    locks = [lock for lock in vars(importlib.import_module(module)).values() if isinstance(lock, LOCK)]
+    assert locks
+    contents = [endless_reading()]
+
+    def collect():
+        with ExitStack() as stack:
+            for lock in locks:
+                stack.enter_context(lock)
+            contents.clear()
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
