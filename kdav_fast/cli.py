@@ -1,6 +1,7 @@
 """The `kdav` command.
 
-Exit codes: 0 done, 2 bad input, 75 stopped by a signal with the state saved, 130 a check broken off by Ctrl-C.
+Exit codes: 0 done, 1 another process of the run was lost, 2 bad input, 75 stopped by a signal with the state saved,
+130 a check broken off by Ctrl-C.
 """
 
 import argparse
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from kdav_fast.config import Config, load_config
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, RankLostError
 
 BAD_INPUT = 2
+RANK_LOST = 1
 INTERRUPTED = 130
 
 
@@ -26,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":  # every rank has the same error; one line is enough
             print(f"kdav: error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
+    except RankLostError as error:  # each rank says it: the first may be the one that was lost
+        print(f"kdav: error: {error}", file=sys.stderr, flush=True)
+        return RANK_LOST
 
 
 class _Parser(argparse.ArgumentParser):

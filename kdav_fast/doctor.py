@@ -24,17 +24,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kdav_fast.train.optimizer import APEX_BUILD, APEX_CLASSES
+
 State = Literal["on", "off", "info"]
 GIB = 2**30
 INSTALL = "pip install 'kdav_fast'"
 TORCH_FROM_PYPI = "pip install 'torch>=2.11,<2.13' from PyPI, whose Linux builds have CUDA, nccl and gloo"
 # NVIDIA's nvJPEG documentation: A100 and A30, Hopper and data-centre Blackwell have the decoder.
 WITH_JPEG_DECODER = {(8, 0), (9, 0), (10, 0), (10, 3)}
-APEX_OPTIMIZERS = ("FusedLAMB", "FusedNovoGrad", "FusedSGD", "FusedAdam")
-APEX_BUILD = (
-    "on a machine with nvcc of torch's CUDA version: git clone https://github.com/NVIDIA/apex && cd apex && "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . (the 'apex' on PyPI is another project)"
-)
 # An 8 x 8 grey JPEG: small, and it takes the whole decoding path.
 TINY_JPEG = bytes.fromhex(
     f"ffd8ffdb004300{'ff' * 64}ffc0000b080008000801011100ffc400140001{'00' * 16}"
@@ -318,9 +315,9 @@ def _apex() -> Answer:
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError as error:
         raise Off(f"apex.optimizers cannot be imported: {error}", APEX_BUILD) from None
-    present = ", ".join(name for name in APEX_OPTIMIZERS if hasattr(optimizers, name))
+    present = ", ".join(name for name in APEX_CLASSES.values() if hasattr(optimizers, name))
     if not present:
-        raise Off(f"this apex has none of {', '.join(APEX_OPTIMIZERS)}", APEX_BUILD)
+        raise Off(f"this apex has none of {', '.join(APEX_CLASSES.values())}", APEX_BUILD)
     try:
         importlib.import_module("amp_C")
     except ImportError as error:

@@ -22,6 +22,9 @@ class EmbeddingHead(nn.Module):
         InputError: a size below 1.
     """
 
+    SUMS = ("class_sum", "class_mass")
+    """Buffers that are sums over what this process has seen."""
+
     def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
         super().__init__()
         sizes = {"student_width": student_width, "teacher_width": teacher_width, "classes": classes}

@@ -3,11 +3,16 @@
 import json
 import math
 import os
+import socket
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from torch.utils.tensorboard import SummaryWriter
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard.summary import scalar
 
 from kdav_fast.errors import InputError
 
@@ -31,12 +36,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, resume_step: int | None):
         last_step = -1 if resume_step is None else resume_step
         path = run_dir / FILE_NAME
+        self._run_dir = run_dir
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _read_lines(path) if line["step"] <= last_step] if path.exists() else []
             _replace_lines(path, kept)
             self._file = path.open("a", encoding="utf-8")
-            self._events = SummaryWriter(str(run_dir / "tensorboard"), purge_step=last_step + 1)
+            self._events = _Events(run_dir / "tensorboard", last_step + 1)
         except OSError as error:
             raise InputError(
                 f"run_dir {run_dir}: {error.strerror}; give a folder that can be written"
@@ -46,25 +52,58 @@ class MetricsLog:
         """Log `values` at optimizer step `step`, which is also the line's first key.
 
         JSON has no NaN or infinity: they become null in the file. TensorBoard shows them as they are.
+
+        Raises:
+            InputError: a file cannot be written, as on a full disk.
         """
         line = {"step": step, **{key: _as_json(value) for key, value in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            if not isinstance(value, str):
-                self._events.add_scalar(key, value, step)
-        # A killed run must have its events up to its last checkpoint, or the resumed curves have a hole.
-        self._events.flush()
+        try:
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
+            self._events.write(step, {k: v for k, v in values.items() if not isinstance(v, str)})
+        except OSError as error:
+            raise InputError(
+                f"run_dir {self._run_dir}: the metrics of step {step} could not be written ({error.strerror}); put "
+                "that right, then the same command continues from the last checkpoint"
+            ) from None
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        for file in (self._file, self._events):
+            with suppress(OSError):  # `write` has told it
+                file.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+class _Events:
+    """A TensorBoard file, complete after every `write`: a killed run must have its events up to its last checkpoint.
+
+    torch's `SummaryWriter` would write them in a thread, where nobody can catch the error of a full disk.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
+        self._records = RecordWriter((folder / name).open("wb"))
+        self._add(file_version="brain.Event:2")
+        # Hides what an earlier attempt wrote of this step and later ones.
+        self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        self._records.flush()
+
+    def _add(self, **fields: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self._add(step=step, summary=scalar(key, value))
+        self._records.flush()
+
+    def close(self) -> None:
+        self._records.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

@@ -45,13 +45,13 @@ class Student(nn.Module):
             return Outputs(features, self.head.classify(embedding.detach()), embedding)
 
     def weights(self) -> dict[str, Tensor]:
-        """What a file holds: the stock architecture's tensors, the head's in place of the classifier's."""
+        """What a file holds: the stock architecture's tensors, the head's in place of the classifier's. Copies."""
         state = self.network.stock_state_dict()
         if self.head is not None:
             for name in self._classifier_names():
                 del state[name]
             state |= {HEAD_PREFIX + name: tensor for name, tensor in self.head.state_dict().items()}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
 
     def load_weights(self, state: dict[str, Tensor]) -> None:
         """Load what `weights` gave; raises `InputError` that names the first tensors that differ."""

@@ -1,12 +1,14 @@
 """Students on disk: safetensors with a card that says what the weights are and how they were made."""
 
 import json
+import os
 from pathlib import Path
 
 from pydantic import ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
+from kdav_fast.checkpoint_manifest import FOLDER_NAME, defect, read_manifest
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
 from kdav_fast.errors import InputError
 from kdav_fast.head import EmbeddingHead
@@ -46,9 +48,18 @@ def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> 
     """Write weights and card: the same bytes for the same content. A crash leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    metadata = {_CARD_KEY: card.model_dump_json(), "format": "pt"}
-    temporary.write_bytes(_with_sorted_metadata(save(weights, metadata)))
+    with temporary.open("wb") as file:
+        file.write(student_bytes(weights, card))
+        file.flush()
+        os.fsync(
+            file.fileno()
+        )  # before the name: a crash of the machine must not leave an empty file under it
     temporary.replace(path)
+
+
+def student_bytes(weights: dict[str, Tensor], card: StudentCard) -> bytes:
+    """What `write_student` writes."""
+    return _with_sorted_metadata(save(weights, {_CARD_KEY: card.model_dump_json(), "format": "pt"}))
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
@@ -78,18 +89,30 @@ def find_student_file(path: Path) -> Path:
     """The weights that a path means: a file itself, a run's final student, or its newest checkpoint's.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the checkpoint is damaged.
     """
     if not path.is_dir():
         return path
     candidates = [path / FILE_NAME, *sorted(path.glob(f"{CHECKPOINTS}/step-*/{FILE_NAME}"), reverse=True)]
     for candidate in candidates:
         if candidate.is_file():
+            _check_checkpoint(candidate)
             return candidate
     raise InputError(
         f"{path} holds neither {FILE_NAME} nor {CHECKPOINTS}/step-*/{FILE_NAME}; give a run that has "
         "saved something, or a weights file"
     )
+
+
+def _check_checkpoint(file: Path) -> None:
+    """Raise `InputError` if a file lies in a checkpoint's folder and is not what the manifest says."""
+    if not FOLDER_NAME.fullmatch(file.parent.name):
+        return
+    manifest, problem = read_manifest(file.parent)
+    record = manifest["files"].get(file.name)
+    problem = problem or (defect(file, record) if record else f"{file.name} is not in its manifest")
+    if problem:
+        raise InputError(f"checkpoint {file.parent} is damaged: {problem}; give the folder of an earlier one")
 
 
 def read_student(path: Path) -> tuple[Student, StudentCard]:

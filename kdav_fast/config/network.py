@@ -36,3 +36,5 @@ class TeacherConfig(ModelConfig):
     """The frozen network that teaches."""
 
     name: str
+    sharded: bool = False
+    """Spread its weights over all processes (ZeRO-3 inference), for a teacher that does not fit on one GPU."""

@@ -43,4 +43,18 @@ class Config(Section):
                 "distiller.prototypes is 'running' but train.mixup or train.cutmix is on: a mixed image has no "
                 "class; use distiller.prototypes=measured"
             )
+        self._check_sharded_optimizer()
         return self
+
+    def _check_sharded_optimizer(self) -> None:
+        given = f"optimizer.name is '{self.optimizer.name}' but train.zero_stage is {self.train.zero_stage}"
+        if self.train.zero_stage > 0 and self.optimizer.name in ("apex_lamb", "apex_novograd"):
+            raise ValueError(
+                f"{given}: it scales each layer by that layer's norm, and ZeRO hands it flat shards without layers; "
+                "use train.zero_stage=0, or optimizer.name=sgd, adamw or apex_sgd"
+            )
+        if self.train.zero_stage == 3 and self.optimizer.name == "apex_adam":
+            raise ValueError(
+                f"{given}: it counts a group's steps, and stage 3 may take one in several pieces, each of which would "
+                "count; use optimizer.name=adamw, or train.zero_stage=0, 1 or 2"
+            )

@@ -10,14 +10,26 @@ from kdav_fast.config.section import Count, ExpandedPath, Fraction, Lenient, Non
 class OptimizerConfig(Section):
     """Optimizer; the learning rate is for the whole (global) batch."""
 
-    name: Literal["sgd", "adamw"] = "sgd"
+    name: Literal["sgd", "adamw", "apex_sgd", "apex_adam", "apex_lamb", "apex_novograd"] = "sgd"
+    """`apex_*`: of NVIDIA apex, on a GPU, where it is installed."""
     lr: Positive = 0.1
-    momentum: Fraction = 0.9
-    """SGD's momentum, AdamW's beta1."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Momentum of `sgd` and `apex_sgd`, beta1 of the others."""
     nesterov: bool = False
+    """Of `sgd` and `apex_sgd`."""
     weight_decay: NonNegative = 5e-4
     decay_norm_and_bias: bool = True
-    """Whether weight decay also acts on biases and normalisation weights."""
+    """Whether weight decay also acts on biases and normalisation weights. Where it does not, `apex_lamb` takes them
+    without its trust ratio too."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.nesterov and (self.name not in ("sgd", "apex_sgd") or self.momentum == 0):
+            raise ValueError(
+                f"optimizer.nesterov is true with optimizer.name '{self.name}' and optimizer.momentum "
+                f"{self.momentum:g}; it needs sgd or apex_sgd and a momentum above 0: else leave it false"
+            )
+        return self
 
 
 class ScheduleConfig(Section):
@@ -57,10 +69,15 @@ class TrainConfig(Section):
     accumulate: Count = 1
     """Micro-batches an optimizer step."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto`: bf16 where the GPU has it, else fp32."""
-    zero_stage: Literal[0, 1, 2] = 0
-    """How far DeepSpeed shards the student's training state."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of the networks; weights and loss stay in float32. `auto`: bf16 where the GPU has it, else fp32. `fp16` scales
+    the loss, so that small gradients do not vanish."""
+    max_skipped_steps: Count = 20
+    """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    sync_batchnorm: bool = False
+    """BatchNorm statistics over all processes instead of each one's own."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """How far DeepSpeed shards the student's training state: not, optimizer, gradients, weights."""
     deepspeed: ExpandedPath | None = None
     """JSON file with further settings of DeepSpeed, such as launch/deepspeed/overlap.json."""
     clip_grad_norm: NonNegative = 0.0
@@ -79,6 +96,13 @@ class TrainConfig(Section):
     save_every: NonNegative = 1.0
     """Epochs between checkpoints; 0: only when stopped by a signal."""
     keep_checkpoints: Count = 2
+    """The newest ones to keep."""
+    keep_best: bool = True
+    """Keep, besides them, the checkpoint of the highest accuracy: of those saved where the run also evaluates."""
+    async_checkpoints: bool = False
+    """Write checkpoints while training goes on; a failure stops the run a little later."""
+    comm_timeout: Positive = 600.0
+    """Seconds that a process waits for another one's part of a step before the run is given up."""
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:

@@ -56,19 +56,24 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, dtype: torch.dtype |
         "gradient_clipping": config.clip_grad_norm,
         "zero_optimization": {"stage": config.zero_stage},
         "zero_allow_untested_optimizer": True,  # torch's SGD is not on DeepSpeed's list
-        "torch_autocast": {"enabled": dtype is not None, "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": dtype is not None,
+            "dtype": "float16" if dtype == torch.float16 else "bfloat16",
+        },
         "steps_per_print": 2**31,  # the run has a log of its own
     }
-    if config.deepspeed is None:
-        return decided
-    added = _read(config.deepspeed)
+    added = {} if config.deepspeed is None else _read(config.deepspeed)
     _require_free(added, decided, config.deepspeed)
     zero = {**added.pop("zero_optimization", {}), **decided["zero_optimization"]}
-    return {
+    merged = {
         **decided,
         **{key: value for key, value in added.items() if key in _FREE},
         "zero_optimization": zero,
     }
+    if config.zero_stage == 0:
+        # `StudentEngine` needs the gradients' norm anyway; two clippings would measure it twice.
+        merged["gradient_clipping"] = 0.0
+    return merged
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -85,7 +90,7 @@ def _read(path: Path) -> dict[str, Any]:
     return added
 
 
-def _require_free(added: dict[str, Any], decided: dict[str, Any], path: Path) -> None:
+def _require_free(added: dict[str, Any], decided: dict[str, Any], path: Path | None) -> None:
     """Refuse what is decided elsewhere, unless it says the same or, as in other programs' files, "auto"."""
     given = {key: value for key, value in added.items() if key != "zero_optimization"}
     zero = added.get("zero_optimization", {})
@@ -105,8 +110,13 @@ def _require_free(added: dict[str, Any], decided: dict[str, Any], path: Path) ->
         raise InputError(
             f"train.deepspeed {path} sets {key}, which it may not; the nearest key that it may set is {near}"
         )
+    if offloaded := sorted(key for key in zero if key.startswith("offload_")):
+        raise InputError(
+            f"train.deepspeed {path} sets zero_optimization.{offloaded[0]}, which needs an optimizer of DeepSpeed's "
+            "own; remove it from the file"
+        )
     if zero.keys() - {"stage"} and known["zero_optimization.stage"] == 0:
         raise InputError(
             f"train.deepspeed {path} sets zero_optimization, which has no effect at train.zero_stage=0; set "
-            "train.zero_stage=1 or 2"
+            "train.zero_stage=1, 2 or 3"
         )

@@ -2,19 +2,27 @@
 
 import atexit
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from kdav_fast.errors import InputError
 
 T = TypeVar("T")
-# Long enough for rank 0 to scan a large data set on a slow file system while the others wait.
+# Of control messages: long enough for rank 0 to scan a large data set on a slow file system while the others wait.
 TIMEOUT = timedelta(minutes=30)
+
+
+def say(text: str) -> None:
+    """Print a line. Whoever read it may be gone (a launcher, a terminal), which must not cost the run's state."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,7 @@ class Cluster:
     def say(self, text: str) -> None:
         """Print a line once for all ranks."""
         if self.is_first:
-            print(text, flush=True)
+            say(text)
 
     def on_first(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 while the others wait; all get its result, or its InputError."""
@@ -53,6 +61,14 @@ class Cluster:
             raise InputError(value)
         return value
 
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[T] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.world > 1:
@@ -64,12 +80,37 @@ class Cluster:
             dist.all_reduce(tensor)
         return tensor
 
+    @torch.no_grad()
+    def average_buffers(self, module: nn.Module) -> None:
+        """Make every rank hold the mean of all ranks' floating-point buffers.
 
-def start_cluster(device: str) -> Cluster:
+        Each rank's BatchNorm statistics come from its own share of the batch. The head's class sums become means
+        over ranks too, which leaves every prototype where it was.
+        """
+        if self.world > 1:
+            for buffer in module.buffers():
+                if buffer.is_floating_point():
+                    self.sum(buffer).div_(self.world)
+
+    @contextmanager
+    def averaged_buffers(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """`average_buffers` while inside; then each rank has its own again, as if nobody had looked."""
+        modules = list(modules)
+        own = [[buffer.clone() for buffer in module.buffers()] for module in modules]
+        for module in modules:
+            self.average_buffers(module)
+        yield
+        for module, kept in zip(modules, own, strict=True):
+            for buffer, value in zip(module.buffers(), kept, strict=True):
+                buffer.copy_(value)
+
+
+def start_cluster(device: str, comm_timeout: float = 1800.0) -> Cluster:
     """Join the run's processes, as the launcher's environment describes them; alone without a launcher.
 
     Args:
         device: "auto", "cpu" or "cuda".
+        comm_timeout: seconds that a collective of the training steps may take.
 
     Raises:
         InputError: "cuda" where there is none.
@@ -91,7 +132,7 @@ def start_cluster(device: str) -> Cluster:
             # A store in this process: a single process needs no port, and two runs on a host do not collide.
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         else:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            dist.init_process_group(backend, timeout=timedelta(seconds=comm_timeout))
             # Otherwise gloo's threads may abort the interpreter's exit and spoil the exit code.
             atexit.register(dist.destroy_process_group)
     control = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None

@@ -1,17 +1,22 @@
-"""DeepSpeed around the student: the only file that knows it, besides the checkpoints."""
+"""DeepSpeed around the student: the only file that runs it."""
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
+from kdav_fast.outputs import Outputs
 from kdav_fast.train.deepspeed_config import deepspeed_config
 from kdav_fast.train.distributed import Cluster
+from kdav_fast.train.precision import LossScale
 
 
 def _import_deepspeed(device: torch.device):
@@ -24,6 +29,7 @@ def _import_deepspeed(device: torch.device):
     # Its shared-memory operator serves inference only, yet on a CPU it is compiled at start: half a minute
     # and a C++ compiler for nothing.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
     return deepspeed
 
 
@@ -32,20 +38,15 @@ def micro_batch_size(config: TrainConfig, world: int) -> int:
     return config.batch_size // (world * config.accumulate)
 
 
-def build_engine(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_factor: Callable[[int], float],
-    config: TrainConfig,
-    cluster: Cluster,
-    dtype: torch.dtype | None,
-):
-    """A DeepSpeed engine that trains `module`.
+class StudentEngine:
+    """Forward, backward and optimizer step of the student.
+
+    A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer and
+    BatchNorm statistics stay as they were.
 
     Args:
-        module: on the run's device; its parameters stay in float32.
+        module: the student, on the run's device; its parameters stay in float32.
         optimizer: over its parameters.
-        lr_factor: learning-rate factor at each optimizer step.
         config: batch size, accumulation, clipping and ZeRO stage.
         cluster: the run's processes.
         dtype: autocast dtype; None for float32.
@@ -53,40 +54,147 @@ def build_engine(
     Raises:
         InputError: `config.deepspeed` names a file that cannot be used.
     """
-    deepspeed = _import_deepspeed(cluster.device)
-    deepspeed.init_distributed(dist_init_required=False, auto_mpi_discovery=False, verbose=False)
-    settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype)
-    try:
-        engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=optimizer,
-            lr_scheduler=lambda base: torch.optim.lr_scheduler.LambdaLR(base, lr_factor),
-            dist_init_required=False,
-            config=settings,
-        )
-    except (ValueError, AssertionError, deepspeed.DeepSpeedConfigError) as error:
-        if config.deepspeed is None:
-            raise
-        raise InputError(
-            f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {' '.join(str(error).split())}"
-        ) from None
-    if config.zero_stage == 0:
-        # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The
-        # higher stages keep weights as views of one flat buffer, which have no such strides.
-        module.to(memory_format=torch.channels_last)
-    return engine
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        cluster: Cluster,
+        dtype: torch.dtype | None,
+    ) -> None:
+        self.module, self.zero_stage = module, config.zero_stage
+        self.loss_scale = LossScale(dtype)
+        self._clip = config.clip_grad_norm
+        self._deepspeed = _import_deepspeed(cluster.device)
+        self._engine = self._initialize(module, optimizer, config, cluster, dtype)
+        self.optimizer = self._engine.optimizer
+        """DeepSpeed's around the given one, or at stage 0 the given one."""
+        if config.zero_stage == 0:
+            # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The
+            # higher stages keep weights as views of one flat buffer, which have no such strides.
+            module.to(memory_format=torch.channels_last)
+            self._skip = False
+            take_step = optimizer.step
+            optimizer.step = lambda: None if self._skip else take_step()
+        self._apply_loss_scale()
+        norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+        self._statistics = [buffer for layer in norms for buffer in layer.buffers()]
+        self._before = [buffer.clone() for buffer in self._statistics]
+
+    def _initialize(self, module, optimizer, config: TrainConfig, cluster: Cluster, dtype) -> Any:
+        settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype)
+        try:
+            engine, *_ = self._deepspeed.initialize(
+                model=module, optimizer=optimizer, dist_init_required=False, config=settings
+            )
+        except (ValueError, AssertionError, self._deepspeed.DeepSpeedConfigError) as error:
+            if config.deepspeed is None:
+                raise
+            raise InputError(
+                f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {' '.join(str(error).split())}"
+            ) from None
+        if cluster.world > 1:
+            # Its own group over all ranks has torch's half hour, whatever the default group has.
+            engine.data_parallel_group.set_timeout(timedelta(seconds=config.comm_timeout))
+        # Its loss scalers for fp16 judge each rank's part alone and do not lower the scale after a skipped step.
+        engine.torch_autocast_z0_gradscaler = None
+        engine.optimizer.torch_autocast_gradscaler = None
+        return engine
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's own, in force."""
+        return self._engine.config
+
+    def __call__(self, images: Tensor) -> Outputs:
+        """The student's outputs, for `backward`."""
+        return self._engine(images)
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Add the gradient of one micro-batch.
+
+        Args:
+            loss: scalar.
+            last: of the optimizer step's micro-batches.
+        """
+        # From a loss that is not finite, gradients can be finite. NaN reaches every rank, in the sum over them.
+        loss = loss * (1.0 + 0.0 * loss.detach())
+        if self.zero_stage == 0:
+            loss = loss * self.loss_scale.value
+        self._engine.backward(loss)
+        if not last:
+            self._engine.step()  # only counts
+
+    def step(self, lr: float) -> bool:
+        """Take the optimizer step, after the last micro-batch; returns whether it was taken or skipped.
+
+        Args:
+            lr: learning rate.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self.zero_stage == 0:
+            self._skip = not self._finish_gradients()
+        self._engine.step()
+        taken = not (self._skip if self.zero_stage == 0 else self.optimizer.overflow)
+        if taken:
+            self.remember_statistics()
+        else:
+            torch._foreach_copy_(self._statistics, self._before)
+        if self.loss_scale.update(taken):
+            self._apply_loss_scale()
+        return taken
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> bool:
+        """Unscale and clip, as the ZeRO optimizers do by themselves; returns whether all gradients are finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.value
+        factor = 1.0 / self.loss_scale.value
+        if self._clip > 0:
+            factor *= min(1.0, self._clip / (norm + 1e-6))
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        return norm < float("inf")
+
+    def remember_statistics(self) -> None:
+        """What a skipped step goes back to: call this after changing BatchNorm's buffers from outside."""
+        if self._statistics:
+            torch._foreach_copy_(self._before, self._statistics)
+
+    def _apply_loss_scale(self) -> None:
+        if self.zero_stage > 0:
+            self.optimizer.override_loss_scale(self.loss_scale.value)
+
+    def restore_loss_scale(self, state: dict[str, Any]) -> None:
+        """Continue with a saved `loss_scale.state_dict()`."""
+        self.loss_scale.load_state_dict(state)
+        self._apply_loss_scale()
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Inside, every rank's module has all its weights; every rank must enter. Not for forward passes."""
+        if self.zero_stage < 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            yield
 
 
-@torch.no_grad()
-def average_buffers(module: nn.Module, world: int) -> None:
-    """Make every rank hold the mean of all ranks' floating-point buffers.
+def shard_for_inference(network: nn.Module, cluster: Cluster) -> None:
+    """Spread a network's weights over all ranks; each layer's come together when it is called (ZeRO-3).
 
-    Each rank's BatchNorm statistics come from its own share of the batch and DeepSpeed never synchronises
-    them. The head's class sums become means over ranks too, which leaves every prototype where it was.
+    The network may lie in the host's memory: its weights cross to the device one by one. Every rank must then call
+    it equally often.
     """
-    if world == 1:
-        return
-    for buffer in module.buffers():
-        if buffer.is_floating_point():
-            dist.all_reduce(buffer)
-            buffer /= world
+    deepspeed = _import_deepspeed(cluster.device)
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3},
+        "steps_per_print": 2**31,
+    }
+    deepspeed.zero.Init(module=network, config_dict_or_path=settings)
+    for buffer in network.buffers():
+        buffer.data = buffer.to(cluster.device)
+    deepspeed.initialize(model=network, dist_init_required=False, config=settings)

@@ -9,17 +9,20 @@ from tqdm import tqdm
 from kdav_fast.config import Config
 from kdav_fast.data import Batch, Loader
 from kdav_fast.distillers import Target
+from kdav_fast.errors import InputError
 from kdav_fast.evaluate import Accuracy, evaluate
 from kdav_fast.metrics_log import MetricsLog
 from kdav_fast.report import write_report
-from kdav_fast.student_file import FILE_NAME, read_student, write_student
-from kdav_fast.train.checkpoint import restore_checkpoint, save_checkpoint
+from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
+from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
+from kdav_fast.train.checkpoint_folders import CheckpointFolders
 from kdav_fast.train.distributed import Cluster, start_cluster
-from kdav_fast.train.engine import average_buffers
+from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_folder import check_run_folder, write_run_config
 from kdav_fast.train.setup import Parts, set_up
+from kdav_fast.train.skipped_steps import SkippedSteps
 from kdav_fast.train.stopping import StopRequest
 
 
@@ -30,9 +33,16 @@ def run_training(config: Config) -> Accuracy | None:
         The final accuracy, or None if a signal stopped the run early, its state saved.
 
     Raises:
-        InputError: anything the user can put right, before the first step.
+        InputError: anything the user can put right: before the first step, or where a checkpoint cannot be written or
+            too many steps in a row are not finite.
+        RankLostError: another process of the run does not answer any more.
     """
-    cluster = start_cluster(config.device)
+    cluster = start_cluster(config.device, config.train.comm_timeout)
+    with Liveness(cluster.rank, cluster.world, cluster.control).naming_lost_ranks():
+        return _run_training(config, cluster)
+
+
+def _run_training(config: Config, cluster: Cluster) -> Accuracy | None:
     cluster.on_first(lambda: check_run_folder(config))
     parts = set_up(config, cluster)
     cluster.on_first(lambda: write_run_config(config))
@@ -40,26 +50,32 @@ def run_training(config: Config) -> Accuracy | None:
         student, card = read_student(config.run_dir)
         cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
         return evaluate(student.to(cluster.device), parts.loaders.evaluation, cluster, parts.dtype)
-    step = restore_checkpoint(parts)
-    if step == 0 and parts.distiller.needs_measuring:
-        measure_teacher(parts)
-    accuracy = train(parts, step)
-    if accuracy is not None and cluster.is_first:
+    checkpoints = CheckpointFolders(
+        config.run_dir / CHECKPOINTS, cluster, config.train.keep_checkpoints, config.train.keep_best
+    )
+    with StopRequest(cluster) as stop:
+        step = restore_checkpoint(checkpoints, parts)
+        if step is None and parts.distiller.needs_measuring:
+            if not measure_teacher(parts, stop):
+                return None
+            begin_checkpoint(checkpoints, parts, 0, None)
+            checkpoints.finish()
+        accuracy = train(parts, step or 0, checkpoints, stop)
+    if accuracy is not None:
         write_results(parts)
-    cluster.barrier()
     return accuracy
 
 
-def train(parts: Parts, step: int) -> Accuracy | None:
+def train(parts: Parts, step: int, checkpoints: CheckpointFolders, stop: StopRequest) -> Accuracy | None:
     """Take the optimizer steps from `step` on; returns the final accuracy, None if a signal came first."""
     config, cluster, engine = parts.config.train, parts.cluster, parts.engine
     batches = _endless(parts.loaders.train)
     meter = TrainMeter(cluster)
+    guard = SkippedSteps(config.max_skipped_steps)
     progress = Progress(cluster, step, parts.steps)
     if step:
         progress.say(f"continuing {parts.run_dir} after step {step}")
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(cluster))
         log = stack.enter_context(
             MetricsLog(parts.run_dir, step or None) if cluster.is_first else nullcontext()
         )
@@ -73,70 +89,102 @@ def train(parts: Parts, step: int) -> Accuracy | None:
         accuracy = None
         parts.student.train()
         while step < parts.steps:
+            lr = parts.lr(step)
             step += 1
-            for _ in range(config.accumulate):
+            seen = []
+            for micro in range(config.accumulate):
                 with meter.waiting_for_data():
                     batch = next(batches)
                 images, target = parts.mix(batch)
                 teacher_outputs = parts.teacher(images) if parts.teacher else None
                 student_outputs = engine(images)
                 losses = parts.distiller(student_outputs, teacher_outputs, target)
-                engine.backward(losses.total * _share_of_valid(target, cluster))
-                lr = engine.get_lr()[0]
-                engine.step()
-                meter.update(student_outputs.logits, losses, target)
-            if parts.average is not None:
-                parts.average.update_parameters(parts.student)
+                engine.backward(
+                    losses.total * _share_of_valid(target, cluster), last=micro + 1 == config.accumulate
+                )
+                seen.append((student_outputs.logits.detach(), losses, target))
+            if engine.step(lr):
+                for logits, losses, target in seen:
+                    meter.update(logits, losses, target)
+                if parts.average is not None:
+                    with engine.whole_weights():
+                        parts.average.update_parameters(parts.student)
+                guard.taken()
+            else:
+                parts.skipped_steps += 1
+                progress.say(f"step {step}: loss or gradient not finite, skipped")
+                guard.skipped(step)
             progress.advance()
 
             if step % config.log_every == 0 or step == parts.steps:
-                record({**meter.read(), "lr": lr})
+                record({**meter.read(), "lr": lr, **_irregular(parts)})
             evaluating = _due(step, config.evaluate_every, parts) or step == parts.steps
-            stopping = stop.agreed() and step < parts.steps
+            stopping, writing = stop.agreed(checkpoints.writing)
+            stopping = stopping and step < parts.steps
             saving = stopping or _due(step, config.save_every, parts)
-            if evaluating or saving:
-                average_over_ranks(parts)
             if evaluating:
                 accuracy = evaluate_student(parts)
                 record(accuracy.logged())
             if saving:
-                save_checkpoint(parts, step)
+                begin_checkpoint(checkpoints, parts, step, accuracy.top1 if evaluating else None)
+                if stopping or not config.async_checkpoints:
+                    checkpoints.finish()
+            elif checkpoints.pending is not None and not writing and checkpoints.pending < step - 1:
+                checkpoints.finish()
             if stopping:
                 progress.say(f"stopped at step {step}/{parts.steps}, state saved; the same command continues")
                 return None
             if evaluating or saving:
                 meter.restart_clock()
+        checkpoints.finish()
     # A run that was killed after its last checkpoint takes no more steps, hence has no accuracy yet.
     return accuracy or evaluate_student(parts)
 
 
 @torch.no_grad()
-def measure_teacher(parts: Parts) -> None:
-    """One pass of the teacher over the training images for what the distiller measures before training."""
+def measure_teacher(parts: Parts, stop: StopRequest) -> bool:
+    """One pass of the teacher over the training images for what the distiller measures before training.
+
+    Returns whether it was completed; False if a signal came first.
+    """
     loader, cluster = parts.loaders.measure(), parts.cluster
     for batch in tqdm(
         loader, "measure teacher", loader.steps_per_epoch, disable=None if cluster.is_first else True
     ):
         parts.distiller.measure(parts.teacher(batch.images), Target(batch.target, batch.valid))
-    average_buffers(parts.student, cluster.world)
+        stopping, _ = stop.agreed()
+        if stopping:
+            cluster.say("stopped before the first step; the same command begins anew")
+            return False
+    cluster.average_buffers(parts.student)
     parts.distiller.finish_measuring()
+    return True
 
 
 def write_results(parts: Parts) -> None:
     """The student and the report of a complete run."""
-    write_student(parts.run_dir / FILE_NAME, parts.evaluated_student.weights(), parts.card(parts.steps))
-    write_report({parts.run_dir.name: parts.run_dir}, parts.run_dir / "report", title=str(parts.run_dir))
+    run_dir = parts.run_dir
+    with parts.savable():
+        weights = parts.evaluated_student.weights()
+
+    def write() -> None:
+        try:
+            # The student last: with it, the run is complete.
+            write_report({run_dir.name: run_dir}, run_dir / "report", title=str(run_dir))
+            write_student(run_dir / FILE_NAME, weights, parts.card(parts.steps))
+        except OSError as error:
+            raise InputError(
+                f"run_dir {run_dir}: the results could not be written ({error.strerror}); put that right, then the "
+                "same command writes them"
+            ) from None
+
+    parts.cluster.on_first(write)
 
 
 def evaluate_student(parts: Parts) -> Accuracy:
     """Accuracy of the student, or of its average, at this moment."""
-    return evaluate(parts.evaluated_student, parts.loaders.evaluation, parts.cluster, parts.dtype)
-
-
-def average_over_ranks(parts: Parts) -> None:
-    """Before evaluating or saving: the same BatchNorm statistics on every rank."""
-    for network in {parts.student, parts.evaluated_student}:
-        average_buffers(network, parts.cluster.world)
+    with parts.evaluable():
+        return evaluate(parts.evaluated_student, parts.loaders.evaluation, parts.cluster, parts.dtype)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
@@ -148,6 +196,14 @@ def _due(step: int, every_epochs: float, parts: Parts) -> bool:
     """Whether a multiple of `every_epochs` lies between the last step and this one; 0 means never."""
     interval = every_epochs * parts.steps_per_epoch
     return interval > 0 and int(step / interval) > int((step - 1) / interval)
+
+
+def _irregular(parts: Parts) -> dict[str, float]:
+    """What a run logs only where there is something to tell."""
+    values = {"skipped_steps": parts.skipped_steps} if parts.skipped_steps else {}
+    if parts.engine.loss_scale.active:
+        values["loss_scale"] = parts.engine.loss_scale.value
+    return values
 
 
 def _share_of_valid(target: Target, cluster: Cluster) -> torch.Tensor | float:

@@ -51,13 +51,17 @@ class TrainMeter:
         self._timed_images = self._timed_images + images
 
     def read(self) -> dict[str, float]:
-        """The interval's metrics under their logged keys; starts the next interval."""
+        """The interval's metrics under their logged keys; starts the next interval.
+
+        Of an interval without any `update`, which is one whose steps were all skipped, only how fast it went.
+        """
         names = list(self._sums)
-        totals = torch.stack([*self._sums.values(), self._timed_images.double()])
+        timed_images = torch.as_tensor(self._timed_images, dtype=torch.float64, device=self._cluster.device)
+        totals = torch.stack([*self._sums.values(), timed_images])
         *sums, timed_images = self._cluster.sum(totals).tolist()
         seconds = time.perf_counter() - self._started
         sums = dict(zip(names, sums, strict=True))
-        images = max(1.0, sums.pop("images"))
+        images = max(1.0, sums.pop("images", 0.0))
         values = {f"train/{name}": value / images for name, value in sums.items()}
         values["images_per_second"] = timed_images / seconds
         values["data_wait_share"] = self._waited / seconds

@@ -1,16 +1,39 @@
 """The optimizer over the student's trained parameters."""
 
+import math
 from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import nn
 
 from kdav_fast.config import OptimizerConfig
+from kdav_fast.errors import InputError
+
+APEX_CLASSES = {
+    "apex_lamb": "FusedLAMB",
+    "apex_novograd": "FusedNovoGrad",
+    "apex_sgd": "FusedSGD",
+    "apex_adam": "FusedAdam",
+}
+"""`optimizer.name` and the class in `apex.optimizers`."""
+APEX_BUILD = (
+    "on a machine with nvcc of torch's CUDA version: git clone https://github.com/NVIDIA/apex && cd apex && "
+    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . (the 'apex' on PyPI is another project)"
+)
 
 
 def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW on the parameters that require a gradient; torch's fused kernels on a GPU."""
+    """The optimizer on the parameters that require a gradient; on a GPU, torch's SGD and AdamW are fused.
+
+    Raises:
+        InputError: one of apex's is asked for, and apex or the GPU is missing.
+    """
     groups = _parameter_groups(module.named_parameters(), config)
+    if config.name in APEX_CLASSES:
+        optimizer = _import_apex(config.name, next(module.parameters()).device)
+        return optimizer(groups, lr=config.lr, **_apex_settings(config))
     fused = all(p.is_cuda for p in module.parameters())
     if config.name == "sgd":
         return torch.optim.SGD(
@@ -30,3 +53,53 @@ def _parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimiz
         {"params": plain, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _import_apex(name: str, device: torch.device) -> type[torch.optim.Optimizer]:
+    """Apex's class; everything that is in its way is said at once."""
+    faults, remedies = [], []
+    if device.type != "cuda":
+        faults.append(f"apex's optimizers need a GPU and the device is '{device.type}'")
+        remedies.append("set device=cuda")
+    try:
+        optimizer = getattr(import_module("apex.optimizers"), APEX_CLASSES[name])
+        import_module("amp_C")  # the kernels, without which apex can be installed too
+    except (ImportError, AttributeError) as error:
+        faults.append(f"apex's {APEX_CLASSES[name]} cannot be imported ({' '.join(str(error).split())})")
+        remedies.append(f"install apex {APEX_BUILD}")
+    if faults:
+        raise InputError(
+            f"optimizer.name is '{name}', but {', and '.join(faults)}; use optimizer.name=sgd or adamw, or "
+            f"{' and '.join(remedies)}"
+        )
+    return optimizer
+
+
+def _apex_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """What decides the formula, written out: some of apex's defaults are not those of the papers."""
+    if config.name == "apex_sgd":
+        return {"momentum": config.momentum, "nesterov": config.nesterov, "wd_after_momentum": False}
+    if config.name == "apex_novograd":
+        return {
+            "betas": (config.momentum, 0.98),
+            "eps": 1e-8,
+            # The gradient over its average norm, plus decay, enters the momentum. That average begins with the
+            # first norm; apex would still correct it as if it began with 0, and take too small first steps.
+            "reg_inside_moment": True,
+            "grad_averaging": False,
+            "init_zero": False,
+            "bias_correction": False,
+        }
+    adam = {"betas": (config.momentum, 0.999), "bias_correction": True, "adam_w_mode": True}
+    if config.name == "apex_adam":
+        return {**adam, "eps": 1e-8}
+    return {
+        **adam,
+        "eps": 1e-6,
+        "grad_averaging": True,
+        # By default it clips the gradient's norm to 1. No norm is above infinity; 0 would divide by 0.
+        "max_grad_norm": math.inf,
+        # False leaves the trust ratio out where weight decay is 0: meant for biases and normalisation, but
+        # without any decay it would make LAMB plain Adam.
+        "use_nvlamb": config.weight_decay == 0,
+    }

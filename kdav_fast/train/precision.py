@@ -1,16 +1,18 @@
 """Which number format the networks compute in."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from kdav_fast.errors import InputError
 
 
-def autocast_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.device) -> torch.dtype | None:
+def autocast_dtype(
+    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
+) -> torch.dtype | None:
     """The autocast dtype of a run, or None for plain float32.
 
-    Parameters, the embedding head and the loss stay in float32 in either case.
+    Parameters, the embedding head and the loss stay in float32 in any case.
 
     Raises:
         InputError: bf16 on a GPU without it.
@@ -19,21 +21,58 @@ def autocast_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.dev
     if precision == "bf16" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise InputError(
-            f"train.precision is 'bf16' but {name} has no bf16 arithmetic; use train.precision=fp32"
+            f"train.precision is 'bf16' but {name} has no bf16 arithmetic; use train.precision=fp16 or fp32"
         )
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
-    return torch.bfloat16 if precision == "bf16" else None
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def check_image_dtype(images: Literal["fp32", "fp16", "bf16"], dtype: torch.dtype | None) -> None:
     """Raise `InputError` if networks that compute in `dtype` (None: float32) cannot take such images."""
     if images != "fp32" and dtype is None:
         raise InputError(
-            f"data.dtype is '{images}' but the networks compute in fp32; use data.dtype=fp32 or train.precision=bf16"
+            f"data.dtype is '{images}' but the networks compute in fp32; use data.dtype=fp32, or "
+            "train.precision=bf16 or fp16"
         )
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """The context in which a network outside the engine (teacher, evaluation) runs."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+class LossScale:
+    """What a loss is multiplied by before the backward pass, so that small gradients do not vanish in float16.
+
+    Halved after a skipped step, down to 1; doubled after 2,000 steps without one, up to 2^24. Always 1 for other
+    dtypes, whose range is float32's.
+
+    Args:
+        dtype: autocast dtype of the networks; None for float32.
+    """
+
+    GROWTH_INTERVAL = 2000
+    LARGEST = 2.0**24
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.active = dtype == torch.float16
+        self.value = 2.0**16 if self.active else 1.0
+        self._good_steps = 0
+
+    def update(self, taken: bool) -> bool:
+        """After each step, taken or skipped; returns whether the value has changed."""
+        before = self.value
+        self._good_steps = self._good_steps + 1 if taken else 0
+        if self.active and not taken:
+            self.value = max(1.0, self.value / 2)
+        elif self.active and self._good_steps == self.GROWTH_INTERVAL:
+            self.value, self._good_steps = min(self.LARGEST, self.value * 2), 0
+        return self.value != before
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "good_steps": self._good_steps}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.active:
+            self.value, self._good_steps = state["value"], state["good_steps"]

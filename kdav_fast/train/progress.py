@@ -4,7 +4,7 @@ import sys
 
 from tqdm import tqdm
 
-from kdav_fast.train.distributed import Cluster
+from kdav_fast.train.distributed import Cluster, say
 
 
 class Progress:
@@ -40,7 +40,7 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._speaks:
-            print(text, flush=True)
+            say(text)
 
     def close(self) -> None:
         if self._bar is not None:

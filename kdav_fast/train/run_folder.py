@@ -18,7 +18,14 @@ _FREE = {
     "data.workers",
     "data.hw_decoder_load",
     "data.on_reshard",
+    "teacher.sharded",
+    "train.async_checkpoints",
+    "train.comm_timeout",
+    "train.deepspeed",
+    "train.keep_best",
     "train.keep_checkpoints",
+    "train.max_skipped_steps",
+    "train.zero_stage",
 }
 
 

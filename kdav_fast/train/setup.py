@@ -1,5 +1,7 @@
 """From a config to the parts that the loop runs on."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,12 @@ from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_cla
 from kdav_fast.student import Student
 from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
 from kdav_fast.train.distributed import Cluster
-from kdav_fast.train.engine import build_engine, micro_batch_size
+from kdav_fast.train.engine import StudentEngine, micro_batch_size, shard_for_inference
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype
 from kdav_fast.train.schedule import lr_factor
+from kdav_fast.train.sync_batchnorm import synchronize_batchnorm
 from kdav_fast.train.teacher import FrozenTeacher
 
 
@@ -36,14 +39,18 @@ class Parts:
     teacher: FrozenTeacher | None
     distiller: Distiller
     mix: Mix
-    engine: Any
-    """DeepSpeed's engine around `student`."""
+    engine: StudentEngine
+    """Around `student`."""
     average: AveragedModel | None
     """Exponential moving average of `student`, where the config asks for one."""
     steps: int
     """Optimizer steps of the whole run."""
     steps_per_epoch: float
     """Optimizer steps an epoch."""
+    lr: Callable[[int], float]
+    """Learning rate of the step about to be taken, 0 .. steps - 1."""
+    skipped_steps: int = 0
+    """Steps of the whole run that were not taken, because something was not finite."""
 
     @property
     def run_dir(self) -> Path:
@@ -53,6 +60,17 @@ class Parts:
     def evaluated_student(self) -> Student:
         """Whose accuracy counts: the average where there is one."""
         return self.student if self.average is None else self.average.module
+
+    def evaluable(self) -> AbstractContextManager[None]:
+        """Inside, BatchNorm's statistics are those of all ranks: for evaluation. Every rank must enter."""
+        # Of a set, each rank would have an order of its own, and sum one's buffers with the other's.
+        return self.cluster.averaged_buffers(dict.fromkeys((self.student, self.evaluated_student)))
+
+    @contextmanager
+    def savable(self) -> Iterator[None]:
+        """`evaluable`, and every rank holds whole weights: for a student's file. Every rank must enter."""
+        with self.evaluable(), self.engine.whole_weights():
+            yield
 
     def epoch(self, step: int) -> float:
         """Epochs done after a step, as it is logged."""
@@ -130,18 +148,15 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     if train.ema_decay > 0:
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay), use_buffers=True)
         average.to(memory_format=torch.channels_last)
+    if train.sync_batchnorm:
+        student = synchronize_batchnorm(student)
     if config.model.compile:
         network.compile()
     steps_per_epoch = loaders.train.steps_per_epoch / train.accumulate
     steps = max(1, round(train.epochs * steps_per_epoch))
-    engine = build_engine(
-        student,
-        build_optimizer(config.optimizer, student),
-        lr_factor(config.schedule, steps, steps_per_epoch),
-        train,
-        cluster,
-        dtype,
-    )
+    factor = lr_factor(config.schedule, steps, steps_per_epoch)
+    optimizer = build_optimizer(config.optimizer, student)
+    engine = StudentEngine(student, optimizer, train, cluster, dtype)
     torch.manual_seed(train.seed + cluster.rank)  # mixing differs between ranks
     return Parts(
         config,
@@ -157,6 +172,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         average,
         steps,
         steps_per_epoch,
+        lr=lambda step: config.optimizer.lr * factor(step),
     )
 
 
@@ -202,6 +218,10 @@ def _build_teacher(
             "the teacher has no weights; set teacher.checkpoint to a file or run, or teacher.pretrained=true"
         )
     network, known = build_network(config.teacher, classes, "teacher")
+    if config.teacher.sharded:
+        shard_for_inference(network, cluster)
+    else:
+        network.to(cluster.device, memory_format=torch.channels_last)
     if config.teacher.compile:
         network.compile()
     return FrozenTeacher(

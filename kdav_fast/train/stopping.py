@@ -33,7 +33,7 @@ class StopRequest:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        if self._pending is not None:
+        if self._pending is not None and exception[0] is None:  # else others may not answer any more
             self._pending[1].wait()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -41,19 +41,23 @@ class StopRequest:
             raise KeyboardInterrupt
         self._requested = True
 
-    def agreed(self) -> bool:
-        """Whether all ranks stop after this step; every rank must ask once a step.
+    def agreed(self, writing: bool = False) -> tuple[bool, bool]:
+        """What holds for any rank: it was asked to stop; it is still writing a checkpoint.
 
-        Over several ranks the answer is that of the step before, so that no step waits for the network.
+        Every rank must ask once a step. Over several ranks the answer is that of the step before, so that no step
+        waits for the network.
+
+        Args:
+            writing: whether this rank is.
         """
         if self._cluster.world == 1:
-            return self._requested
-        stop = False
+            return self._requested, writing
+        answer = (False, True)
         if self._pending is not None:
             votes, work = self._pending
             work.wait()
-            stop = bool(votes.item())
-        votes = torch.tensor(int(self._requested))
+            answer = tuple(bool(vote) for vote in votes.tolist())
+        votes = torch.tensor([int(self._requested), int(writing)])
         work = dist.all_reduce(votes, dist.ReduceOp.MAX, group=self._cluster.control, async_op=True)
         self._pending = (votes, work)
-        return stop
+        return answer

@@ -12,7 +12,7 @@ class FrozenTeacher(nn.Module):
     """A classifier that only answers: always in evaluation mode, outside engine, optimizer and checkpoints.
 
     Args:
-        network: with its weights loaded.
+        network: with its weights loaded, on `device`.
         renormalize: from the data's input normalisation to the one the weights expect.
         device: where it answers.
         dtype: autocast dtype; None for float32.
@@ -26,7 +26,7 @@ class FrozenTeacher(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.network = network.requires_grad_(False).to(device, memory_format=torch.channels_last)
+        self.network = network.requires_grad_(False)
         self.renormalize = renormalize.to(device)
         self.device, self.dtype = device, dtype
         self.eval()

@@ -69,6 +69,10 @@ def test_the_same_value_and_auto_are_no_conflict(settings):
             {"zero_optimization": {"overlap_comm": True}},
             r"no effect at train\.zero_stage=0; set train\.zero_stage=1",
         ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+            r"sets zero_optimization\.offload_optimizer, which needs an optimizer of DeepSpeed's own; remove it",
+        ),
         ({"zero_optimisation": {}}, r"sets zero_optimisation, which it may not; .* is zero_optimization"),
         ("{'a': 1}", "is not valid JSON: .*; mend it"),
         ("[1]", "must hold keys and values"),
@@ -106,7 +110,7 @@ def test_examples_are_in_force_and_change_no_result(small_config, tmp_path, exam
     in_force = parts.engine.config["zero_optimization"]
     for key, value in json.loads(example.read_text())["zero_optimization"].items():
         assert in_force[key] == value
-        assert getattr(parts.engine._config.zero_config, key) == value
+        assert getattr(parts.engine._engine._config.zero_config, key) == value
 
 
 def test_profilers_and_monitors_write_their_files(small_config, tmp_path):

@@ -106,6 +106,27 @@ def test_the_centre_is_the_mean_over_both_ranks(two_process_run, teacher_run):
     torch.testing.assert_close(student.head.center, torch.cat(features).mean(0), rtol=1e-4, atol=1e-5)
 
 
+def test_what_is_saved_has_the_mean_of_both_ranks_batchnorm_statistics(two_process_run):
+    config, _ = two_process_run
+    checkpoint = config.run_dir / "checkpoints" / "step-00000010"
+    ranks = [load_file(checkpoint / f"buffers-0000{rank}.safetensors") for rank in range(2)]
+    student = load_file(checkpoint / "student.safetensors")
+    compared = 0
+    for name, saved in student.items():
+        if name.endswith(("running_mean", "running_var")):
+            head = name.startswith("embedding_head.")
+            key = (
+                name.replace("embedding_head.", "student.head.")
+                if head
+                else f"student.network.backbone.{name}"
+            )
+            own = [rank[key] for rank in ranks]
+            assert not torch.equal(*own)
+            torch.testing.assert_close(saved, (own[0] + own[1]) / 2, rtol=1e-6, atol=1e-7)
+            compared += 1
+    assert compared == 20  # ResNet-8's nine layers and the head's
+
+
 def test_one_process_writes_and_evaluates_all_images(two_process_run):
     config, result = two_process_run
     lines = read_metrics(config.run_dir)

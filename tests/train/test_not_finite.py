@@ -1,0 +1,177 @@
+"""A loss or gradient that is not finite skips the step, on all ranks alike, and leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from kdav_fast.config import OptimizerConfig, TrainConfig, dump_config
+from kdav_fast.errors import InputError
+from kdav_fast.metrics_log import read_metrics
+from kdav_fast.models import build_classifier
+from kdav_fast.train.distributed import start_cluster
+from kdav_fast.train.engine import StudentEngine
+from kdav_fast.train.optimizer import build_optimizer
+from kdav_fast.train.precision import LossScale
+from kdav_fast.train.skipped_steps import SkippedSteps
+from tests.train import processes
+
+PROGRAM = str(processes.REPOSITORY / "tests/train/poisoned_run.py")
+NAN, INF = float("nan"), float("inf")
+
+
+def engine_of(network, zero_stage=0, dtype=None, **optimizer):
+    options = OptimizerConfig(**{"momentum": 0.9, "weight_decay": 5e-4, **optimizer})
+    config = TrainConfig(batch_size=16, accumulate=2, zero_stage=zero_stage)
+    return StudentEngine(network, build_optimizer(options, network), config, start_cluster("cpu"), dtype)
+
+
+def whole_state(engine):
+    with engine.whole_weights():
+        return {name: tensor.clone() for name, tensor in engine.module.state_dict().items()}
+
+
+def take(engine, images, labels, lr=0.05, factor=1.0):
+    for micro, last in ((0, False), (1, True)):
+        loss = F.cross_entropy(engine(images[micro]).logits, labels[micro])
+        engine.backward(loss * (factor if last else 1.0), last=last)
+    return engine.step(lr)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("poison", ["image", "loss", "infinite loss"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_skipped_step_is_as_if_it_had_not_been(zero_stage, poison, optimizer):
+    torch.manual_seed(0)
+    network = build_classifier("cifar:resnet8", 10, width=0.25)
+    images, labels = torch.randn(3, 2, 8, 3, 16, 16), torch.randint(10, (3, 2, 8))
+    with_it = engine_of(copy.deepcopy(network), zero_stage, name=optimizer)
+    without = engine_of(network, zero_stage, name=optimizer)
+    assert take(with_it, images[0], labels[0])
+    spoilt = images[1].clone()
+    if poison == "image":
+        spoilt[1, 3, 2, 5, 5] = NAN
+    before = whole_state(with_it)
+    assert not take(with_it, spoilt, labels[1], factor={"loss": NAN, "infinite loss": INF}.get(poison, 1.0))
+    after = whole_state(with_it)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert take(with_it, images[2], labels[2], lr=0.02)
+    assert take(without, images[0], labels[0])
+    assert take(without, images[2], labels[2], lr=0.02)
+    expected = whole_state(without)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in whole_state(with_it).items())
+    assert not all(torch.equal(tensor, after[name]) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("clip", [0.0, 1e-6])
+def test_float16_s_small_gradients_are_those_of_float32(zero_stage, clip):
+    """Of a loss so small that float16 gradients would vanish if they were not scaled."""
+    torch.manual_seed(0)
+    network = build_classifier("cifar:resnet8", 10, width=0.25)
+    plain = copy.deepcopy(network)
+    images, labels = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
+    config = TrainConfig(batch_size=8, zero_stage=zero_stage, clip_grad_norm=clip)
+    optimizer = build_optimizer(OptimizerConfig(momentum=0.0, weight_decay=0.0), network)
+    engine = StudentEngine(network, optimizer, config, start_cluster("cpu"), torch.float16)
+    before = whole_state(engine)
+    engine.backward(1e-6 * F.cross_entropy(engine(images).logits.float(), labels))
+    assert engine.step(1e4)
+    (1e-6 * F.cross_entropy(plain(images).logits, labels)).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
+    factor = min(1.0, clip / (norm.item() + 1e-6)) if clip else 1.0  # as torch and DeepSpeed clip
+    after = whole_state(engine)
+    moved = torch.cat([(before[name] - after[name]).flatten() for name, _ in plain.named_parameters()])
+    expected = torch.cat([1e4 * factor * parameter.grad.flatten() for parameter in plain.parameters()])
+    assert (moved - expected).norm() < 0.05 * expected.norm()  # float16's rounding; all would be off by 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_the_scale_of_float16_s_loss_falls_until_gradients_fit(zero_stage):
+    torch.manual_seed(0)
+    engine = engine_of(build_classifier("cifar:resnet8", 10, width=0.25), zero_stage, torch.float16)
+    images, labels = torch.randn(2, 8, 3, 16, 16), torch.randint(10, (2, 8))
+    before, taken = whole_state(engine), []
+    while not any(taken):
+        taken.append(take(engine, images, labels, factor=1e4))
+    assert len(taken) > 1
+    assert engine.loss_scale.value == 2.0 ** (16 - len(taken) + 1)
+    assert not all(torch.equal(before[name], tensor) for name, tensor in whole_state(engine).items())
+
+
+def test_loss_scale():
+    scale = LossScale(torch.float16)
+    assert scale.update(taken=False)
+    assert scale.value == 2.0**15
+    assert [scale.update(taken=True) for _ in range(LossScale.GROWTH_INTERVAL)].count(True) == 1
+    assert scale.value == 2.0**16
+    for _ in range(40):
+        scale.update(taken=False)
+    assert scale.value == 1.0
+    copied = LossScale(torch.float16)
+    copied.load_state_dict(scale.state_dict())
+    assert copied.state_dict() == scale.state_dict()
+    for dtype in (None, torch.bfloat16):
+        scale = LossScale(dtype)
+        assert not scale.update(taken=False)
+        assert scale.value == 1.0
+
+
+def test_so_many_in_a_row_stop_the_run():
+    guard = SkippedSteps(3)
+    for step in (1, 2):
+        guard.skipped(step)
+    guard.taken()
+    for step in (4, 5):
+        guard.skipped(step)
+    with pytest.raises(InputError, match=r"not finite in 3 steps in a row, the last of them step 6; lower"):
+        guard.skipped(6)
+
+
+@pytest.fixture(scope="module")
+def launch(small_config, teacher_run, tmp_path_factory):
+    """Two processes, of which the second is poisoned."""
+
+    def run(what, steps, **train):
+        config = small_config(
+            tmp_path_factory.mktemp("poisoned") / "run",
+            teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
+            distiller={"name": "kdav", "memory_length": 500, "center": False, "prototypes": "running"},
+            train={"epochs": 2, "log_every": 1, **train},
+        )
+        file = config.run_dir.parent / "run.yaml"
+        file.write_text(dump_config(config))
+        group = processes.start([PROGRAM, str(file), what, "1", str(steps)], world=2)
+        texts = processes.outputs(group)
+        return config.run_dir, [process.returncode for process in group], texts
+
+    return run
+
+
+@pytest.mark.parametrize(("what", "zero_stage"), [("images", 0), ("teacher", 2), ("loss", 3)])
+def test_all_ranks_skip_alike(launch, what, zero_stage):
+    run_dir, codes, texts = launch(what, [5, 6], zero_stage=zero_stage)
+    assert codes == [0, 0], "\n".join(texts)
+    assert texts[0].count("loss or gradient not finite, skipped") == 2
+    lines = [line for line in read_metrics(run_dir) if "images_per_second" in line]
+    assert [line.get("skipped_steps", 0) for line in lines] == [0] * 4 + [1] + [2] * 11
+    assert ["train/loss" in line for line in lines] == [True] * 4 + [False] * 2 + [True] * 10
+    checkpoint = run_dir / "checkpoints" / "step-00000016"
+    for name in ("student", "distiller", "pieces-00000", "pieces-00001", "buffers-00000", "buffers-00001"):
+        tensors = load_file(checkpoint / f"{name}.safetensors")
+        assert all(tensor.isfinite().all() for tensor in tensors.values()), name
+    # Every valid row of both epochs, but for the poisoned ones of the teacher.
+    memory = load_file(checkpoint / "distiller.safetensors")
+    assert memory["memory.filled"] == 2 * 240 - (2 if what == "teacher" else 0)
+
+
+def test_a_run_that_cannot_go_on_says_so(launch):
+    run_dir, codes, texts = launch("loss", list(range(10, 17)), max_skipped_steps=3)
+    assert codes == [2, 2]
+    errors = [line for line in "".join(texts).splitlines() if "kdav: error" in line]
+    assert len(errors) == 1
+    assert "was not finite in 3 steps in a row, the last of them step 12; lower optimizer.lr" in errors[0]
+    assert not (run_dir / "student.safetensors").exists()
+    assert (run_dir / "checkpoints" / "step-00000008").is_dir()
