@@ -95,12 +95,12 @@ def test_a_run_on_a_published_archive_is_evaluated_and_continued_there(small_con
 
 def test_half_precision_images_need_networks_that_take_them(small_config, tmp_path):
     with pytest.raises(
-        InputError, match=r"data\.dtype is 'bf16' but the networks compute in fp32; use data\.dtype=fp32 or"
+        InputError, match=r"data\.dtype is 'bf16' but the networks compute in fp32; use data\.dtype=fp32, or"
     ):
         run_training(small_config(tmp_path / "run", data={"dtype": "bf16"}))
     for dtype in ("bf16", "fp16"):
         config = small_config(
-            tmp_path / dtype, data={"dtype": dtype}, train={"epochs": 1, "precision": "bf16", "mixup": 0.2}
+            tmp_path / dtype, data={"dtype": dtype}, train={"epochs": 1, "precision": dtype, "mixup": 0.2}
         )
         assert run_training(config).images == 900
 
@@ -117,6 +117,10 @@ def test_half_precision_images_need_networks_that_take_them(small_config, tmp_pa
             "train": {"zero_stage": 2, "clip_grad_norm": 1.0, "precision": "bf16"},
         },
         {
+            "distiller": {"name": "kdav"},
+            "train": {"zero_stage": 3, "precision": "fp16", "sync_batchnorm": True, "ema_decay": 0.5},
+        },
+        {
             "distiller": {"name": "none"},
             "data": {"loader": "torchvision"},
             "optimizer": {"name": "adamw", "lr": 0.01},
@@ -129,6 +133,7 @@ def test_half_precision_images_need_networks_that_take_them(small_config, tmp_pa
         "mixing-ema",
         "zero1-accumulate",
         "zero2-bf16",
+        "zero3-fp16",
         "torchvision-adamw",
         "compile",
     ],
