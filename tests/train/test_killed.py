@@ -8,12 +8,14 @@ import subprocess
 import sys
 import time
 from itertools import pairwise
+from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1
 from typing import Any, NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 
+from kdav_fast.checkpoint_manifest import read_manifest
 from kdav_fast.config import dump_config
 from kdav_fast.metrics_log import read_metrics
 from kdav_fast.train.stopping import STOPPED
@@ -61,6 +63,7 @@ class Run:
         self._launcher, self._world, self.folder = launcher, world, config.run_dir
         self.config = config.run_dir.with_suffix(".yaml")
         self.config.write_text(dump_config(config))
+        self.command = ["-m", "kdav_fast", "distill", str(self.config)]
         self.attempts: list[Attempt] = []
 
     def attempt(self, strike: Strike | None = None) -> Attempt:
@@ -82,6 +85,11 @@ class Run:
         assert made.codes == [0] * self._world, made.output
         return made
 
+    def ended_by_command(self) -> None:
+        """The same, by processes that import for themselves."""
+        texts = processes.run(self.command, self._world)
+        self.attempts.append(Attempt([0] * self._world, "".join(texts)))
+
     def written(self) -> int | None:
         """When an attempt last wrote the config, which it does before it trains."""
         file = self.folder / "config.yaml"
@@ -92,8 +100,8 @@ class Run:
         return (self.folder / "student.safetensors").read_bytes()
 
     @property
-    def checkpoints(self) -> list[str]:
-        return sorted(path.name for path in (self.folder / "checkpoints").iterdir())
+    def checkpoints(self) -> list[Path]:
+        return sorted((self.folder / "checkpoints").glob("step-????????"))
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +146,7 @@ def whole(make_run):
 
 
 def check_equal(run: Run, whole: Run) -> None:
-    """Student, log and checkpoints are as if the run had never been stopped."""
+    """Student, log and the state in the last checkpoint are as if the run had never been stopped."""
     assert run.student == whole.student
     lines, expected = ([(_key(line), line) for line in read_metrics(r.folder)] for r in (run, whole))
     assert [key for key, _ in lines] == [key for key, _ in expected]
@@ -148,8 +156,8 @@ def check_equal(run: Run, whole: Run) -> None:
         partial = any(start in restarts for start in range(step - OPTIONS["train"]["log_every"] + 1, step))
         compared = [key for key in other if not (key in TIMES or (partial and key.startswith("train/")))]
         assert {key: line[key] for key in compared} == {key: other[key] for key in compared}
-    assert run.checkpoints == whole.checkpoints
-    assert not list(run.folder.rglob("*.tmp"))
+    last, other = (read_manifest(r.checkpoints[-1])[0] for r in (run, whole))
+    assert (last["step"], last["files"]) == (other["step"], other["files"])  # with their checksums
     assert (run.folder / "report" / "index.html").is_file()
 
 
@@ -179,10 +187,12 @@ def test_killed_in_every_stage(make_run, whole):
         assert run.killed(Strike(0, moment, nth)).continued == before
         before = continued
         if continued == 3:
-            memory = load_file(run.folder / "checkpoints" / "step-00000003" / "distiller.safetensors")
+            memory = load_file(run.checkpoints[-1] / "distiller.safetensors")
             assert memory["memory.filled"] == 96
     assert run.ended().continued == before
     check_equal(run, whole(1))
+    assert [path.name for path in run.checkpoints] == [path.name for path in whole(1).checkpoints]
+    assert not list(run.folder.rglob("*.tmp"))
 
 
 def test_the_bytes_depend_on_the_seed(make_run, whole):
@@ -226,13 +236,11 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(make_run, whole, num
     assert stopped.codes == [STOPPED, STOPPED], stopped.output
     step = int(re.search(r"stopped at step (\d+)/22, state saved", stopped.output)[1])
     assert step - 1 <= (micro_batch + 1) // 2 <= step
-    assert run.checkpoints[-1] == f"step-{step:08d}"
+    assert run.checkpoints[-1].name == f"step-{step:08d}"
     for rank in range(2):
-        state = json.loads(
-            (run.folder / "checkpoints" / run.checkpoints[-1] / f"rank-{rank:05d}.json").read_text()
-        )
+        state = json.loads((run.checkpoints[-1] / f"rank-{rank:05d}.json").read_text())
         assert state["loader"]["epoch"] * 15 + state["loader"]["step"] == 2 * step
-    processes.run(["-m", "kdav_fast", "distill", str(run.config)], world=2)
+    run.ended_by_command()
     check_equal(run, whole(2))
 
 
@@ -240,14 +248,14 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(make_run, whole, num
 def test_killed_from_outside_at_random_times(make_run, whole):
     draw = random.Random(0)
     run = make_run(1, async_checkpoints=True)
-    program = ["-m", "kdav_fast", "distill", str(run.config)]
     for _ in range(3):
         before = run.written()
-        [process] = processes.start(program, 1)
+        [process] = processes.start(run.command, 1)
         while run.written() == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 1))
         process.kill()
-        process.communicate()
-    processes.run(program, 1)
-    assert run.student == whole(1).student
+        output, _ = process.communicate()
+        run.attempts.append(Attempt([process.returncode], output))
+    run.ended_by_command()
+    check_equal(run, whole(1))

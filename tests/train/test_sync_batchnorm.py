@@ -123,7 +123,7 @@ def train(
 
 def main(folder: Path) -> None:
     """What one rank does for all the tests: starting once for each would take longer than the tests."""
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))  # waiting for nobody fails soon
+    dist.init_process_group("gloo", timeout=timedelta(minutes=2))  # waiting for nobody fails soon
     rank, world = dist.get_rank(), dist.get_world_size()
     start = sum(ROWS[world][:rank])
     part = slice(start, start + ROWS[world][rank])
