@@ -133,18 +133,20 @@ def check_others_say(ranks: list[End], faulty: int, what: str) -> None:
 ANY_RANK = pytest.mark.parametrize("faulty", [1, 0], ids=["rank 1", "rank 0 with the store"])
 
 
-@ANY_RANK
+@pytest.mark.parametrize("faulty", [1, pytest.param(0, marks=pytest.mark.slow, id="rank 0 with the store")])
 def test_a_killed_rank_is_named_although_the_launcher_ends_the_others(faulty):
     ranks = ends("kill", faulty)
     assert ranks[faulty].code == -signal.SIGKILL
     check_others_say(ranks, faulty, "no longer answers")
 
 
+@pytest.mark.slow
 @ANY_RANK
 def test_a_frozen_rank_is_named(faulty):
     check_others_say(ends("freeze", faulty), faulty, "no longer answers")
 
 
+@pytest.mark.slow
 @ANY_RANK
 def test_a_rank_that_fails_does_so_with_its_own_error_which_the_others_tell(faulty):
     ranks = ends("fail", faulty)
@@ -153,11 +155,13 @@ def test_a_rank_that_fails_does_so_with_its_own_error_which_the_others_tell(faul
     check_others_say(ranks, faulty, "ended with ValueError: boom in two lines")
 
 
+@pytest.mark.slow
 def test_an_error_that_all_ranks_have_stays_what_it_is():
     for rank, end in enumerate(ends("fail alike", -1)):
         assert end.error == f"RuntimeError: shapes differ on rank {rank}"
 
 
+@pytest.mark.slow
 def test_a_rank_that_left_in_order_is_not_lost():
     ranks = ends("leave", 1)
     assert ranks[1].code == 0

@@ -76,7 +76,7 @@ def alone(table):
     return table(1)
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 4))])
 def test_losses_and_students_are_equal(table, alone, world):
     found = alone if world == 1 else table(world)
     for (base, row), (losses, run_dir) in found.items():
