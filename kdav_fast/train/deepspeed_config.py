@@ -26,6 +26,7 @@ _DECIDED_BY = {
     "steps_per_print": "train.log_every",
 }
 """DeepSpeed's keys for what the run's config says, and where it says it."""
+_LARGEST_BUCKET = 500_000_000
 _FREE = (
     "communication_data_type",
     "csv_monitor",
@@ -39,13 +40,16 @@ _FREE = (
 """What a file may set at its top level. DeepSpeed would pass over a misspelt key without a word."""
 
 
-def deepspeed_config(config: TrainConfig, micro_batch: int, dtype: torch.dtype | None) -> dict[str, Any]:
+def deepspeed_config(
+    config: TrainConfig, micro_batch: int, dtype: torch.dtype | None, parameters: int
+) -> dict[str, Any]:
     """DeepSpeed's config of a run.
 
     Args:
         config: the train section; the file `config.deepspeed` is merged in.
         micro_batch: images a rank takes through the networks at once.
         dtype: autocast dtype; None for float32.
+        parameters: how many numbers are trained.
 
     Raises:
         InputError: the file cannot be read, or sets what it may not.
@@ -64,7 +68,9 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, dtype: torch.dtype |
     }
     added = {} if config.deepspeed is None else _read(config.deepspeed)
     _require_free(added, decided, config.deepspeed)
-    zero = {**added.pop("zero_optimization", {}), **decided["zero_optimization"]}
+    # DeepSpeed's buffer for gradients has room for half a billion, however small the student is: 2 GiB.
+    defaults = {"reduce_bucket_size": min(parameters, _LARGEST_BUCKET)} if config.zero_stage > 0 else {}
+    zero = {**defaults, **added.pop("zero_optimization", {}), **decided["zero_optimization"]}
     merged = {
         **decided,
         **{key: value for key, value in added.items() if key in _FREE},

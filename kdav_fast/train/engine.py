@@ -83,7 +83,8 @@ class StudentEngine:
         self._before = [buffer.clone() for buffer in self._statistics]
 
     def _initialize(self, module, optimizer, config: TrainConfig, cluster: Cluster, dtype) -> Any:
-        settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype)
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype, trained)
         try:
             engine, *_ = self._deepspeed.initialize(
                 model=module, optimizer=optimizer, dist_init_required=False, config=settings

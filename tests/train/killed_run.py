@@ -40,7 +40,7 @@ class Strike(NamedTuple):
     signal: int = signal.SIGKILL
 
 
-def attempt(config: str, world: int, strike: list | None = None, **environment: str) -> dict[str, Any]:
+def attempt(config: str, world: int, strike: list | None = None) -> dict[str, Any]:
     """Start a run or continue it; returns each rank's exit code, and what all printed.
 
     Where a rank has died, the others are killed after a while. A signal other than SIGKILL is sent from here, while the
@@ -58,7 +58,7 @@ def attempt(config: str, world: int, strike: list | None = None, **environment: 
                 os.dup2(output.fileno(), sys.stdout.fileno())
                 os.dup2(output.fileno(), sys.stderr.fileno())
                 group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-                group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **environment}
+                group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 os.environ |= {name: str(value) for name, value in group.items()}
                 run_rank(config, rank, strike)
             ranks[process] = rank
@@ -88,23 +88,19 @@ def _wait(ranks: dict[int, int], strike: Strike | None) -> dict[int, int]:
 
 def run_rank(config: str, rank: int, strike: Strike | None) -> None:
     """What one process does, to its end; it prints how many moments there were."""
-    passed = count(1)
-    if strike and strike.rank == rank:
-        matching = count(1)
+    passed, matching = count(1), count(1)
 
-        def pass_moment(name: str, half: Callable[[], None]) -> None:
-            next(passed)
-            if name.startswith(strike.moment) and next(matching) == strike.nth:
-                if strike.signal != signal.SIGKILL:
-                    os.kill(os.getpid(), signal.SIGSTOP)
-                    return
-                half()
-                print(f"killed at {name}", flush=True)
-                os.kill(os.getpid(), signal.SIGKILL)
-    else:
-
-        def pass_moment(name: str, half: Callable[[], None]) -> None:
-            next(passed)
+    def pass_moment(name: str, half: Callable[[], None]) -> None:
+        next(passed)
+        if not (strike and strike.rank == rank and name.startswith(strike.moment)):
+            return
+        if next(matching) == strike.nth:
+            if strike.signal != signal.SIGKILL:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return
+            half()
+            print(f"killed at {name}", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
 
     watch_moments(pass_moment)
     code = main(["distill", config])

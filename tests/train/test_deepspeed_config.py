@@ -13,6 +13,7 @@ from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.setup import set_up
 
+PARAMETERS = 1234
 EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "launch" / "deepspeed").glob("*.json"))
 
 
@@ -23,18 +24,21 @@ def settings(tmp_path):
     def build(content, **train):
         path = tmp_path / "deepspeed.json"
         path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return deepspeed_config(TrainConfig(deepspeed=path, **train), micro_batch=8, dtype=None)
+        return deepspeed_config(TrainConfig(deepspeed=path, **train), 8, None, PARAMETERS)
 
     return build
 
 
 def test_what_a_file_adds_stands_beside_what_the_run_decides(settings):
-    alone = deepspeed_config(TrainConfig(zero_stage=2), 8, torch.bfloat16)
-    assert alone["zero_optimization"] == {"stage": 2}
+    alone = deepspeed_config(TrainConfig(zero_stage=2), 8, torch.bfloat16, PARAMETERS)
+    assert alone["zero_optimization"] == {"stage": 2, "reduce_bucket_size": PARAMETERS}
     assert alone["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    added = {"zero_optimization": {"overlap_comm": True}, "communication_data_type": "fp32"}
+    added = {
+        "zero_optimization": {"overlap_comm": True, "reduce_bucket_size": 5},
+        "communication_data_type": "fp32",
+    }
     merged = settings(added, zero_stage=2, accumulate=4)
-    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 5}
     assert merged["communication_data_type"] == "fp32"
     assert merged["train_micro_batch_size_per_gpu"] == 8
     assert merged["gradient_accumulation_steps"] == 4
@@ -48,7 +52,7 @@ def test_the_same_value_and_auto_are_no_conflict(settings):
         "fp16": "auto",
         "zero_optimization": {"stage": 1},
     }
-    assert settings(same, zero_stage=1) == deepspeed_config(TrainConfig(zero_stage=1), 8, None)
+    assert settings(same, zero_stage=1) == deepspeed_config(TrainConfig(zero_stage=1), 8, None, PARAMETERS)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_conflicts_and_mistakes_are_refused_by_name(settings, content, message):
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"train\.deepspeed .*none\.json: No such file.*; give the path"):
-        deepspeed_config(TrainConfig(deepspeed=tmp_path / "none.json"), 8, None)
+        deepspeed_config(TrainConfig(deepspeed=tmp_path / "none.json"), 8, None, PARAMETERS)
 
 
 def test_what_deepspeed_itself_refuses_is_told_in_one_line(small_config, tmp_path):
