@@ -1,4 +1,6 @@
-"""The student's embedding head: into the teacher's space, to class prototypes, to one linear layer."""
+"""The student's head: into the teacher's space, there to class scores, and all of it into one linear layer."""
+
+from abc import abstractmethod
 
 import torch
 import torch.nn.functional as F
@@ -7,10 +9,10 @@ from torch import Tensor, nn
 from kdav_fast.errors import InputError
 
 
-class EmbeddingHead(nn.Module):
-    """Projector, centre and class prototypes (DESIGN section 2, "The classifier").
+class FoldableHead(nn.Module):
+    """A projector into the teacher's space and a linear classifier there that is not trained.
 
-    The projector is Linear + BatchNorm: affine at inference, so that projector and prototypes fold into one
+    The projector is Linear + BatchNorm: affine at inference, so that projector and classifier fold into one
     `nn.Linear` and the deployed student keeps its stock architecture.
 
     Args:
@@ -22,27 +24,64 @@ class EmbeddingHead(nn.Module):
         InputError: a size below 1.
     """
 
-    SUMS = ("class_sum", "class_mass")
-    """Buffers that are sums over what this process has seen."""
-
     def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
         super().__init__()
         sizes = {"student_width": student_width, "teacher_width": teacher_width, "classes": classes}
         for name, value in sizes.items():
             if value < 1:
-                raise InputError(f"EmbeddingHead: {name} is {value}; it must be at least 1")
+                raise InputError(f"{type(self).__name__}: {name} is {value}; it must be at least 1")
         self.classes = classes
         # BatchNorm's shift makes a bias here redundant.
         self.projector = nn.Linear(student_width, teacher_width, bias=False)
         self.norm = nn.BatchNorm1d(teacher_width)
-        # Sums in float64: over an ImageNet epoch a float32 sum loses the digits that centring needs.
-        self.register_buffer("center", torch.zeros(teacher_width))
-        self.register_buffer("class_sum", torch.zeros(classes, teacher_width, dtype=torch.float64))
-        self.register_buffer("class_mass", torch.zeros(classes, dtype=torch.float64))
+
+    @abstractmethod
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """Weight, K x d, and bias, K, of the classifier on embeddings."""
 
     def forward(self, features: Tensor) -> Tensor:
         """Student features, B x student_width, to embeddings z, B x d."""
         return self.norm(self.projector(features))
+
+    def classify(self, embedding: Tensor) -> Tensor:
+        """Embeddings, B x d, to class scores, B x K."""
+        weight, bias = self.classifier()
+        return F.linear(embedding, weight.to(embedding.dtype), bias.to(embedding.dtype))
+
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """The same classifier as one linear layer on student features: exact in evaluation mode.
+
+        Computed in float64, returned in the projector's dtype.
+        """
+        norm = self.norm
+        weight, bias = (tensor.double() for tensor in self.classifier())
+        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+        bias = bias + weight @ (norm.bias.double() - norm.running_mean.double() * scale)
+        weight = (weight * scale) @ self.projector.weight.double()
+        folded = nn.Linear(
+            weight.shape[1], weight.shape[0], device=weight.device, dtype=self.projector.weight.dtype
+        )
+        folded.weight.copy_(weight)
+        folded.bias.copy_(bias)
+        return folded
+
+
+class EmbeddingHead(FoldableHead):
+    """KDAV's head: a centre, and class prototypes as the classifier (DESIGN section 2, "The classifier").
+
+    Arguments and errors are those of `FoldableHead`.
+    """
+
+    SUMS = ("class_sum", "class_mass")
+    """Buffers that are sums over what this process has seen."""
+
+    def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
+        super().__init__(student_width, teacher_width, classes)
+        # Sums in float64: over an ImageNet epoch a float32 sum loses the digits that centring needs.
+        self.register_buffer("center", torch.zeros(teacher_width))
+        self.register_buffer("class_sum", torch.zeros(classes, teacher_width, dtype=torch.float64))
+        self.register_buffer("class_mass", torch.zeros(classes, dtype=torch.float64))
 
     def center_teacher(self, teacher_embedding: Tensor) -> Tensor:
         """Teacher embeddings, B x d, less the measured centre (zero until `set_center`)."""
@@ -79,23 +118,34 @@ class EmbeddingHead(nn.Module):
         centred = self.class_sum - self.class_mass[:, None] * self.center.to(torch.float64)
         return F.normalize(centred, dim=1)
 
-    def classify(self, embedding: Tensor) -> Tensor:
-        """<mu_y, z>: B x K scores whose argmax is the Bayes classifier's (|z| does not change it)."""
-        return embedding @ self.prototypes().to(embedding.dtype).T
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """The prototypes without bias: the largest <mu_y, z> is the Bayes classifier's (|z| does not change it)."""
+        return self.prototypes(), self.class_mass.new_zeros(self.classes)
+
+
+class ReusedClassifierHead(FoldableHead):
+    """SimKD's head: the teacher's own classifier (Chen et al., CVPR 2022).
+
+    It scores 0 until `reuse`. Arguments and errors are those of `FoldableHead`.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
+        super().__init__(student_width, teacher_width, classes)
+        # Buffers: saved with the student, but neither trained nor sharded.
+        self.register_buffer("classifier_weight", torch.zeros(classes, teacher_width))
+        self.register_buffer("classifier_bias", torch.zeros(classes))
 
     @torch.no_grad()
-    def fold(self) -> nn.Linear:
-        """The same classifier as one linear layer on student features: exact in evaluation mode.
+    def reuse(self, classifier: nn.Linear) -> None:
+        """Copy the teacher's last layer, d to K; one without bias has bias 0."""
+        self.classifier_weight.copy_(classifier.weight)
+        if classifier.bias is not None:
+            self.classifier_bias.copy_(classifier.bias)
 
-        Computed in float64, returned in the projector's dtype.
-        """
-        norm, prototypes = self.norm, self.prototypes()
-        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        weight = (prototypes * scale) @ self.projector.weight.double()
-        bias = prototypes @ (norm.bias.double() - norm.running_mean.double() * scale)
-        folded = nn.Linear(
-            weight.shape[1], weight.shape[0], device=weight.device, dtype=self.projector.weight.dtype
-        )
-        folded.weight.copy_(weight)
-        folded.bias.copy_(bias)
-        return folded
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """The teacher's."""
+        return self.classifier_weight, self.classifier_bias
+
+
+HEADS: dict[str, type[FoldableHead]] = {"kdav": EmbeddingHead, "simkd": ReusedClassifierHead}
+"""By `distiller.name`; the others leave the student its own classifier."""

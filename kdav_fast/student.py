@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from kdav_fast.errors import InputError
-from kdav_fast.head import EmbeddingHead
+from kdav_fast.head import FoldableHead
 from kdav_fast.models import ImageClassifier
 from kdav_fast.outputs import Outputs
 
@@ -22,7 +22,7 @@ class Student(nn.Module):
         InputError: a head for a network whose classifier has no bias: folding needs one.
     """
 
-    def __init__(self, network: ImageClassifier, head: EmbeddingHead | None = None) -> None:
+    def __init__(self, network: ImageClassifier, head: FoldableHead | None = None) -> None:
         super().__init__()
         self.network = network
         self.head = head

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdav_fast.checkpoint_manifest import FOLDER_NAME, defect, read_manifest
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
 from kdav_fast.errors import InputError
-from kdav_fast.head import EmbeddingHead
+from kdav_fast.head import HEADS
 from kdav_fast.models import Normalization, build_classifier, load_weights
 from kdav_fast.student import HEAD_PREFIX, Student
 
@@ -135,7 +135,12 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
     network = build_classifier(card.name, len(card.classes), width=card.width)
     head = None
     if card.embedding_width is not None:
-        head = EmbeddingHead(network.feature_width, card.embedding_width, len(card.classes))
+        if card.distiller not in HEADS:
+            raise InputError(
+                f"{file} has an embedding head of distiller '{card.distiller}'; this version knows those of "
+                f"{', '.join(map(repr, HEADS))}: read it with the version that wrote it"
+            )
+        head = HEADS[card.distiller](network.feature_width, card.embedding_width, len(card.classes))
     student = Student(network, head)
     try:
         student.load_weights(weights)

@@ -67,6 +67,20 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             "prototypes=measured",
         ),
         ([*TEACHER, "distiller.name=kdav", "train.label_smoothing=0.1"], "which uses no labels"),
+        ([*TEACHER, "distiller.name=simkd", "train.label_smoothing=0.1"], "'simkd', which uses no labels"),
+        (["distiller.name=simkd"], "distiller.name is 'simkd' but there is no teacher; set teacher.name"),
+        (
+            [*TEACHER, "distiller.name=simkd", "distiller.weight_feature=0"],
+            "distiller.weight_feature and distiller.weight_kl are both 0; raise one",
+        ),
+        (
+            [*TEACHER, "distiller.name=simkd", "distiller.temperature=0"],
+            "'distiller.temperature' is 0",
+        ),
+        (
+            [*TEACHER, "distiller.name=simkd", "distiller.weight_feat=3"],
+            "nearest known one is 'distiller.weight_feature'",
+        ),
         (["data.name=folder"], "data.root is needed"),
         (["data.crop_area=[0.9,0.1]"], "data.crop_area is [0.9, 0.1]; the first must not exceed the second"),
         (["data.crop_area=[0.9,1.1]"], "at most 1"),

@@ -133,6 +133,17 @@ def test_a_head_that_does_not_fit_is_named(saved):
         read_student(path)
 
 
+def test_a_head_of_an_unknown_distiller_is_named(saved):
+    from kdav_fast.models import load_weights
+    from kdav_fast.student_file import read_card
+
+    path = saved("cifar:resnet8", 0.5)
+    weights, metadata = load_weights(path)
+    write_student(path, weights, read_card(metadata).model_copy(update={"distiller": "later"}))
+    with pytest.raises(InputError, match="of distiller 'later'; this version knows those of 'kdav', 'simkd'"):
+        read_student(path)
+
+
 def test_a_classifier_without_bias_takes_no_head():
     network = build_classifier("cifar:resnet8", 3)
     network.classifier.bias = None

@@ -1,4 +1,4 @@
-"""The embedding head against class means taken by hand in float64."""
+"""The heads: class means taken by hand in float64, the teacher's own classifier, and what both fold into."""
 
 import pytest
 import torch
@@ -6,20 +6,25 @@ import torch.nn.functional as F
 
 from kdav_fast import EmbeddingHead
 from kdav_fast.errors import InputError
+from kdav_fast.head import ReusedClassifierHead
 
 
 @pytest.fixture
 def head():
     """A head in a trained state: moved BatchNorm statistics and affine parameters, observed prototypes."""
     torch.manual_seed(0)
-    head = EmbeddingHead(6, 9, 4)
-    with torch.no_grad():
-        head.norm.running_mean.normal_()
-        head.norm.running_var.uniform_(0.1, 4)
-        head.norm.weight.normal_()
-        head.norm.bias.normal_()
+    head = trained(EmbeddingHead(6, 9, 4))
     head.observe(torch.randn(40, 9) + 3, torch.arange(40) % 4)
     head.set_center()
+    return head
+
+
+@torch.no_grad()
+def trained(head):
+    head.norm.running_mean.normal_()
+    head.norm.running_var.uniform_(0.1, 4)
+    head.norm.weight.normal_()
+    head.norm.bias.normal_()
     return head.eval()
 
 
@@ -62,6 +67,19 @@ def test_fold_is_exact_in_float64(head):
         )
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_reused_classifier_folds_exactly_in_float64(bias):
+    torch.manual_seed(0)
+    classifier = torch.nn.Linear(9, 4, bias=bias).double()
+    head = trained(ReusedClassifierHead(6, 9, 4).double())
+    head.reuse(classifier)
+    features = torch.randn(200, 6, dtype=torch.float64)
+    with torch.no_grad():
+        scores = classifier(head(features))
+        torch.testing.assert_close(head.classify(head(features)), scores, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head.fold()(features), scores, rtol=1e-12, atol=1e-12)
+
+
 def test_the_length_of_z_does_not_change_the_class(head):
     embedding = head(torch.randn(100, 6))
     on_the_sphere = head.classify(F.normalize(embedding, dim=1))
@@ -84,5 +102,7 @@ def test_class_never_observed_scores_zero():
 def test_errors():
     with pytest.raises(InputError, match="classes is 0"):
         EmbeddingHead(6, 9, 0)
+    with pytest.raises(InputError, match="ReusedClassifierHead: teacher_width is 0"):
+        ReusedClassifierHead(6, 0, 4)
     with pytest.raises(InputError, match="no teacher embedding was observed"):
         EmbeddingHead(6, 9, 4).set_center()

@@ -5,7 +5,7 @@ schema does not know stops at start, with the nearest key it does know.
 """
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, KDConfig, NoDistiller
+from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, KDConfig, NoDistiller, SimKDConfig
 from kdav_fast.config.loading import apply_overrides, dump_config, load_config, parse_config
 from kdav_fast.config.network import ModelConfig, TeacherConfig
 from kdav_fast.config.run import Config
@@ -25,6 +25,7 @@ __all__ = [
     "Positive",
     "ScheduleConfig",
     "Section",
+    "SimKDConfig",
     "TeacherConfig",
     "TrainConfig",
     "Triple",

@@ -48,4 +48,22 @@ class KDAVConfig(Section):
         return self
 
 
-DistillerConfig = Annotated[NoDistiller | KDConfig | KDAVConfig, Field(discriminator="name")]
+class SimKDConfig(Section):
+    """The teacher's classifier on features trained to be the teacher's."""
+
+    name: Literal["simkd"]
+    weight_feature: NonNegative = 1.0
+    """Of the mean squared difference of the features; the paper's only term."""
+    weight_kl: NonNegative = 0.0
+    """Of T^2 KL between the teacher's and the student's class distributions."""
+    temperature: Positive = 4.0
+    """T of the KL term."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.weight_feature == 0 and self.weight_kl == 0:
+            raise ValueError("distiller.weight_feature and distiller.weight_kl are both 0; raise one")
+        return self
+
+
+DistillerConfig = Annotated[NoDistiller | KDConfig | KDAVConfig | SimKDConfig, Field(discriminator="name")]

@@ -9,7 +9,7 @@ import yaml
 from pydantic import ValidationError
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.distiller import KDAVConfig, KDConfig, NoDistiller
+from kdav_fast.config.distiller import KDAVConfig, KDConfig, NoDistiller, SimKDConfig
 from kdav_fast.config.network import ModelConfig, TeacherConfig
 from kdav_fast.config.run import Config
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
@@ -98,11 +98,12 @@ _SECTIONS = {
     "data": [DataConfig],
     "model": [ModelConfig],
     "teacher": [TeacherConfig],
-    "distiller": [NoDistiller, KDConfig, KDAVConfig],
+    "distiller": [NoDistiller, KDConfig, KDAVConfig, SimKDConfig],
     "optimizer": [OptimizerConfig],
     "schedule": [ScheduleConfig],
     "train": [TrainConfig],
 }
+_DISTILLERS = {model.model_fields["name"].annotation.__args__[0]: model for model in _SECTIONS["distiller"]}
 
 
 def _known_keys() -> list[str]:
@@ -116,17 +117,14 @@ def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
     """One line for pydantic's first finding: the key, what was given, what is allowed."""
     # A discriminated union puts the chosen member's tag into the location; the user's key has no such part.
     location = [str(part) for part in error["loc"]]
-    if len(location) > 1 and location[0] == "distiller" and location[1] in ("none", "kd", "kdav"):
+    if len(location) > 1 and location[0] == "distiller" and location[1] in _DISTILLERS:
         del location[1]
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         allowed = _known_keys()
         if location[0] == "distiller" and isinstance(raw.get("distiller"), dict):
             chosen = raw["distiller"].get("name", "none")
-            models = [
-                m for m in _SECTIONS["distiller"] if chosen in m.model_fields["name"].annotation.__args__
-            ]
-            allowed = [f"distiller.{field}" for model in models for field in model.model_fields]
+            allowed = [f"distiller.{field}" for field in _DISTILLERS[chosen].model_fields]
         near = difflib.get_close_matches(key, allowed, n=1, cutoff=0.0)[0]
         return f"unknown key '{key}'; the nearest known one is '{near}'"
     message = error["msg"].removeprefix("Value error, ")
@@ -136,5 +134,5 @@ def _explain(error: dict[str, Any], raw: dict[str, Any]) -> str:
         return f"'{key}' is missing; it must be given"
     if error["type"] in ("union_tag_invalid", "union_tag_not_found"):
         given = error["input"].get("name") if isinstance(error["input"], dict) else error["input"]
-        return f"distiller.name is {given!r}; allowed: 'none', 'kd', 'kdav'"
+        return f"distiller.name is {given!r}; allowed: {', '.join(map(repr, _DISTILLERS))}"
     return f"'{key}' is {error['input']!r}: {message[0].lower()}{message[1:]}"

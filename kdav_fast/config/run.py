@@ -33,9 +33,10 @@ class Config(Section):
             raise ValueError(
                 f"distiller.name is '{self.distiller.name}' but there is no teacher; set teacher.name"
             )
-        if self.train.label_smoothing > 0 and self.distiller.name == "kdav":
+        if self.train.label_smoothing > 0 and self.distiller.name in ("kdav", "simkd"):
             raise ValueError(
-                "train.label_smoothing does not go with distiller.name 'kdav', which uses no labels"
+                f"train.label_smoothing does not go with distiller.name '{self.distiller.name}', which uses no labels; "
+                "use train.label_smoothing=0"
             )
         mixing = self.train.mixup > 0 or self.train.cutmix > 0
         if mixing and isinstance(self.distiller, KDAVConfig) and self.distiller.prototypes == "running":

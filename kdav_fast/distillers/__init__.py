@@ -1,12 +1,14 @@
 """What the student learns from: one interface, one file a method."""
 
 import torch
+from torch import nn
 
-from kdav_fast.config import DistillerConfig, KDAVConfig, KDConfig
+from kdav_fast.config import DistillerConfig, KDAVConfig, KDConfig, SimKDConfig
 from kdav_fast.distillers.base import Distiller, Losses, Target
 from kdav_fast.distillers.kd import KDDistiller
 from kdav_fast.distillers.kdav import KDAVDistiller
 from kdav_fast.distillers.none import LabelsOnly
+from kdav_fast.distillers.simkd import SimKDDistiller
 
 __all__ = ["Distiller", "Losses", "Target", "build_distiller"]
 
@@ -15,7 +17,7 @@ def build_distiller(
     config: DistillerConfig,
     *,
     student_width: int,
-    teacher_width: int | None,
+    teacher_classifier: nn.Linear | None,
     classes: int,
     label_smoothing: float,
     dtype: torch.dtype = torch.float32,
@@ -23,15 +25,22 @@ def build_distiller(
     """The distiller that a config names.
 
     Args:
-        student_width, teacher_width: penultimate features; `teacher_width` is None without a teacher.
+        student_width: penultimate features of the student.
+        teacher_classifier: the teacher's last layer, with whole weights; None without a teacher.
         classes: K.
         label_smoothing: for the terms that use labels.
         dtype: in which large products are taken and embeddings remembered; sums are in float32.
     """
     if isinstance(config, KDAVConfig):
         return KDAVDistiller(
-            config, student_width=student_width, teacher_width=teacher_width, classes=classes, dtype=dtype
+            config,
+            student_width=student_width,
+            teacher_width=teacher_classifier.in_features,
+            classes=classes,
+            dtype=dtype,
         )
+    if isinstance(config, SimKDConfig):
+        return SimKDDistiller(config, student_width=student_width, teacher_classifier=teacher_classifier)
     if isinstance(config, KDConfig):
         return KDDistiller(config.alpha, config.temperature, label_smoothing)
     return LabelsOnly(label_smoothing)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.head import EmbeddingHead
+from kdav_fast.head import FoldableHead
 from kdav_fast.outputs import Outputs
 
 
@@ -38,7 +38,7 @@ class Distiller(nn.Module):
     `head`, which becomes a part of the student.
     """
 
-    head: EmbeddingHead | None = None
+    head: FoldableHead | None = None
     """Takes the place of the student's classifier."""
     needs_teacher: bool = True
 

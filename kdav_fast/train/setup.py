@@ -1,5 +1,6 @@
 """From a config to the parts that the loop runs on."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, ModelConfig
@@ -133,11 +135,11 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         seed=train.seed,
         normalization=normalization,
     )
-    teacher = _build_teacher(config, classes, normalization, cluster, dtype)
+    teacher, teacher_classifier = _build_teacher(config, classes, normalization, cluster, dtype)
     distiller = build_distiller(
         config.distiller,
         student_width=network.feature_width,
-        teacher_width=teacher and teacher.network.feature_width,
+        teacher_classifier=teacher_classifier,
         classes=len(classes),
         label_smoothing=train.label_smoothing,
         dtype=dtype or torch.float32,
@@ -210,23 +212,24 @@ def _build_teacher(
     normalization: Normalization,
     cluster: Cluster,
     dtype: torch.dtype | None,
-) -> FrozenTeacher | None:
+) -> tuple[FrozenTeacher | None, nn.Linear | None]:
+    """The teacher, if there is one, and its last layer with whole weights, however the teacher is sharded."""
     if config.teacher is None or config.distiller.name == "none":
-        return None
+        return None, None
     if config.teacher.checkpoint is None and not config.teacher.pretrained:
         raise InputError(
             "the teacher has no weights; set teacher.checkpoint to a file or run, or teacher.pretrained=true"
         )
     network, known = build_network(config.teacher, classes, "teacher")
+    classifier = copy.deepcopy(network.classifier)
     if config.teacher.sharded:
         shard_for_inference(network, cluster)
     else:
         network.to(cluster.device, memory_format=torch.channels_last)
     if config.teacher.compile:
         network.compile()
-    return FrozenTeacher(
-        network, renormalization(normalization, known or normalization), cluster.device, dtype
-    )
+    renormalize = renormalization(normalization, known or normalization)
+    return FrozenTeacher(network, renormalize, cluster.device, dtype), classifier
 
 
 def _configured(config: Any) -> Normalization | None:

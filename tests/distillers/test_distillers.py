@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from kdav_fast import kdav_loss
-from kdav_fast.config import KDAVConfig, KDConfig, NoDistiller
+from kdav_fast.config import KDAVConfig, KDConfig, NoDistiller, SimKDConfig
 from kdav_fast.distillers import Target, build_distiller
 from kdav_fast.outputs import Outputs
 
@@ -32,11 +32,11 @@ def batch():
     return student, teacher, Target(torch.arange(BATCH) % CLASSES, valid)
 
 
-def build(config, label_smoothing=0.0, dtype=torch.float32):
+def build(config, label_smoothing=0.0, dtype=torch.float32, classifier=None):
     return build_distiller(
         config,
         student_width=STUDENT_WIDTH,
-        teacher_width=TEACHER_WIDTH,
+        teacher_classifier=classifier or torch.nn.Linear(TEACHER_WIDTH, CLASSES),
         classes=CLASSES,
         label_smoothing=label_smoothing,
         dtype=dtype,
@@ -163,3 +163,50 @@ def test_kdav_in_bf16_stays_near_float32(batch):
 def test_state_holds_the_memory_but_not_the_student_s_head():
     names = set(build(KDAVConfig(name="kdav")).state_dict())
     assert names == {"memory._embedding", "memory._posterior", "memory.cursor", "memory.filled"}
+
+
+@pytest.mark.parametrize(("weight_feature", "weight_kl"), [(1.0, 0.0), (0.5, 2.0), (0.0, 1.0)])
+def test_simkd_is_the_papers_feature_term_and_hintons(batch, weight_feature, weight_kl):
+    student, teacher, target = batch
+    config = SimKDConfig(name="simkd", weight_feature=weight_feature, weight_kl=weight_kl, temperature=3.0)
+    classifier = torch.nn.Linear(TEACHER_WIDTH, CLASSES)
+    z = student.embedding.clone().requires_grad_()
+    losses = build(config, classifier=classifier)(student._replace(embedding=z), teacher, target)
+    losses.total.backward()
+
+    # The gradient by hand: of the mean square 2 (z - t) / d, of the KL term T (p - q) through the classifier.
+    weight, bias = classifier.weight.detach().double(), classifier.bias.detach().double()
+    error = student.embedding[:6].double() - teacher.features[:6].double()
+    p = torch.softmax((student.embedding[:6].double() @ weight.T + bias) / 3, 1)
+    q = torch.softmax(teacher.logits[:6].double() / 3, 1)
+    feature, kl = (error**2).sum() / (6 * TEACHER_WIDTH), 9 * (q * (q / p).log()).sum() / 6
+    gradient = weight_feature * 2 * error / TEACHER_WIDTH + weight_kl * 3 * (p - q) @ weight
+    expected = weight_feature * feature + weight_kl * kl
+    torch.testing.assert_close(losses.total.double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(z.grad[:6].double(), gradient / 6, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses.parts["feature_mse"].double(), feature, rtol=1e-5, atol=1e-6)
+    assert set(losses.parts) == {"feature_mse"} | ({"soft_target_kl"} if weight_kl else set())
+    assert classifier.weight.grad is None
+
+
+def test_simkd_padding_gets_no_gradient(batch):
+    student, teacher, target = batch
+    z = student.embedding.nan_to_num(1.0).requires_grad_()
+    teacher = Outputs(*(tensor.nan_to_num(2.0) for tensor in teacher[:2]))
+    config = SimKDConfig(name="simkd", weight_kl=1.0)
+    build(config)(student._replace(embedding=z), teacher, target).total.backward()
+    assert (z.grad[6:] == 0).all()
+    assert (z.grad[:6] != 0).all()
+
+
+def test_simkd_copies_the_teachers_classifier_and_never_trains_it():
+    classifier = torch.nn.Linear(TEACHER_WIDTH, CLASSES)
+    distiller = build(SimKDConfig(name="simkd"), classifier=classifier)
+    embedding = torch.randn(4, TEACHER_WIDTH)
+    torch.testing.assert_close(distiller.head.classify(embedding), classifier(embedding))
+    assert {name for name, _ in distiller.head.named_parameters()} == {
+        "projector.weight",
+        "norm.weight",
+        "norm.bias",
+    }
+    assert not distiller.state_dict()
