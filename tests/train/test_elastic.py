@@ -63,7 +63,7 @@ def losses(run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "stages"),
-    [({"name": "sgd", "lr": 0.1}, (2, 0, 3)), ({"name": "adamw", "lr": 0.005}, (3, 1, 0))],
+    [({"name": "sgd", "lr": 0.01}, (2, 0, 3)), ({"name": "adamw", "lr": 0.005}, (3, 1, 0))],
     ids=["sgd", "adamw"],
 )
 def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
@@ -91,7 +91,8 @@ def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
         memory = load_file(checkpoint / "distiller.safetensors")
         for file in (tmp_path / shown).glob("distiller-*"):
             assert all(torch.equal(memory[name], tensor) for name, tensor in load_file(file).items())
-    assert losses(run_dir) == pytest.approx(losses(reference), rel=5e-4)
+    # 4e-7 as measured. At a learning rate of 0.1 training magnifies the roundings, to 1 % after 24 steps.
+    assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
 
 
 ADAMW = {"weight", "exp_avg", "exp_avg_sq", "step"}
