@@ -23,6 +23,7 @@ from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_folder import check_run_folder, write_run_config
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.skipped_steps import SkippedSteps
+from kdav_fast.train.step import take_step
 from kdav_fast.train.stopping import StopRequest
 
 
@@ -91,19 +92,8 @@ def train(parts: Parts, step: int, checkpoints: CheckpointFolders, stop: StopReq
         while step < parts.steps:
             lr = parts.lr(step)
             step += 1
-            seen = []
-            for micro in range(config.accumulate):
-                with meter.waiting_for_data():
-                    batch = next(batches)
-                images, target = parts.mix(batch)
-                teacher_outputs = parts.teacher(images) if parts.teacher else None
-                student_outputs = engine(images)
-                losses = parts.distiller(student_outputs, teacher_outputs, target)
-                engine.backward(
-                    losses.total * _share_of_valid(target, cluster), last=micro + 1 == config.accumulate
-                )
-                seen.append((student_outputs.logits.detach(), losses, target))
-            if engine.step(lr):
+            taken, seen = take_step(parts, batches, lr, meter.phase)
+            if taken:
                 for logits, losses, target in seen:
                     meter.update(logits, losses, target)
                 if parts.average is not None:
@@ -204,12 +194,3 @@ def _irregular(parts: Parts) -> dict[str, float]:
     if parts.engine.loss_scale.active:
         values["loss_scale"] = parts.engine.loss_scale.value
     return values
-
-
-def _share_of_valid(target: Target, cluster: Cluster) -> torch.Tensor | float:
-    """Turns the mean over this rank's valid rows into its part of the mean over all ranks' valid rows."""
-    if cluster.world == 1:
-        return 1.0
-    mine = target.valid.sum().float()
-    total = cluster.sum(mine.clone())
-    return mine * cluster.world / total

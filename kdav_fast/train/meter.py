@@ -33,11 +33,12 @@ class TrainMeter:
         self._timed_images: Tensor | float = 0.0
 
     @contextmanager
-    def waiting_for_data(self) -> Iterator[None]:
-        """Time spent in here is time without a batch."""
+    def phase(self, name: str) -> Iterator[None]:
+        """Around each phase of a step; of "data", the time counts as waited."""
         started = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - started
+        if name == "data":
+            self._waited += time.perf_counter() - started
 
     def update(self, logits: Tensor, losses: Losses, target: Target) -> None:
         """Add one batch; asks nothing of the device that it would have to be waited for."""
