@@ -42,6 +42,7 @@ ONLY = {
     "data.auto_augment": "none",
     "data.color_jitter": (0.0, 0.0, 0.0, 0.0),
     "distiller.prototypes": "measured",
+    "distiller.weight_label": 0.0,
     "optimizer.name": "sgd",
     "optimizer.decay_norm_and_bias": True,
     "train.accumulate": 1,

@@ -118,6 +118,10 @@ class EmbeddingHead(FoldableHead):
         centred = self.class_sum - self.class_mass[:, None] * self.center.to(torch.float64)
         return F.normalize(centred, dim=1)
 
+    def class_scores(self, embedding: Tensor, kappa: float) -> Tensor:
+        """kappa <mu_y, z/|z|>, B x K: the logits of the von Mises-Fisher classifier around the prototypes."""
+        return kappa * F.normalize(embedding, dim=1) @ self.prototypes().T.to(embedding.dtype)
+
     def classifier(self) -> tuple[Tensor, Tensor]:
         """The prototypes without bias: the largest <mu_y, z> is the Bayes classifier's (|z| does not change it)."""
         return self.prototypes(), self.class_mass.new_zeros(self.classes)

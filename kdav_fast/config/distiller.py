@@ -30,6 +30,8 @@ class KDAVConfig(Section):
     temperature: Positive = 1.0
     weight_membership: NonNegative = 1.0
     weight_prediction: NonNegative = 1.0
+    weight_label: NonNegative = 0.0
+    """Of the cross-entropy with the labels, where classes score kappa_student <mu_y, z/|z|>; 0: labels are not used."""
     memory_length: Count = 4096
     posterior: Literal["dense", "ids"] = "dense"
     """What the memory keeps of a remembered image: the teacher's class distribution or one class id."""

@@ -33,10 +33,11 @@ class Config(Section):
             raise ValueError(
                 f"distiller.name is '{self.distiller.name}' but there is no teacher; set teacher.name"
             )
-        if self.train.label_smoothing > 0 and self.distiller.name in ("kdav", "simkd"):
+        uses_labels = self.distiller.name in ("none", "kd") or getattr(self.distiller, "weight_label", 0) > 0
+        if self.train.label_smoothing > 0 and not uses_labels:
             raise ValueError(
                 f"train.label_smoothing does not go with distiller.name '{self.distiller.name}', which uses no labels; "
-                "use train.label_smoothing=0"
+                "use train.label_smoothing=0, or, with kdav, distiller.weight_label above 0"
             )
         mixing = self.train.mixup > 0 or self.train.cutmix > 0
         if mixing and isinstance(self.distiller, KDAVConfig) and self.distiller.prototypes == "running":

@@ -37,6 +37,7 @@ def build_distiller(
             student_width=student_width,
             teacher_width=teacher_classifier.in_features,
             classes=classes,
+            label_smoothing=label_smoothing,
             dtype=dtype,
         )
     if isinstance(config, SimKDConfig):

@@ -3,7 +3,7 @@
 import torch
 
 from kdav_fast.config import KDAVConfig
-from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid
+from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid
 from kdav_fast.head import EmbeddingHead
 from kdav_fast.kernels import KDAVLoss
 from kdav_fast.memory import TeacherMemory
@@ -11,16 +11,27 @@ from kdav_fast.outputs import Outputs
 
 
 class KDAVDistiller(Distiller):
-    """Membership and prediction terms over a memory of teacher features; uses no labels (DESIGN section 2).
+    """Membership and prediction terms over a memory of teacher features (DESIGN section 2).
+
+    Labels are not used unless `weight_label` adds the cross-entropy of the class prototypes' scores.
 
     The student's classifier gives way to an embedding head, whose class prototypes come from the teacher's
     embeddings. Embeddings meet the memory in `dtype`, half precision in a bf16 run: every sum is still in float32.
     """
 
     def __init__(
-        self, config: KDAVConfig, *, student_width: int, teacher_width: int, classes: int, dtype: torch.dtype
+        self,
+        config: KDAVConfig,
+        *,
+        student_width: int,
+        teacher_width: int,
+        classes: int,
+        label_smoothing: float,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__()
+        self.weight_label, self.label_smoothing = config.weight_label, label_smoothing
+        self.kappa = config.kappa_student
         self.dtype = dtype
         self.center = config.center
         self.running_prototypes = config.prototypes == "running"
@@ -71,11 +82,14 @@ class KDAVDistiller(Distiller):
             self.memory.posterior,
             self.memory.filled,
         )
+        rows = result.loss
         parts = {"membership_kl": result.membership_kl, "prediction_kl": result.prediction_kl}
-        return Losses(
-            mean_over_valid(result.loss, target.valid),
-            {name: mean_over_valid(rows, target.valid) for name, rows in parts.items()},
-        )
+        if self.weight_label > 0:
+            scores = self.head.class_scores(student.embedding, self.kappa)
+            hard = label_loss(scores, target, self.label_smoothing)
+            rows, parts["cross_entropy"] = rows + self.weight_label * hard, hard.detach()
+        means = {name: mean_over_valid(part, target.valid) for name, part in parts.items()}
+        return Losses(mean_over_valid(rows, target.valid), means)
 
     def _observe(self, teacher: Outputs, target: Target) -> None:
         """Padding and rows that are not finite get weight 0, which keeps shapes fixed on every rank."""

@@ -153,7 +153,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     if train.sync_batchnorm:
         student = synchronize_batchnorm(student)
     if config.model.compile:
-        network.compile()
+        network.backbone.compile()  # under an embedding head, the network as a whole is never called
     steps_per_epoch = loaders.train.steps_per_epoch / train.accumulate
     steps = max(1, round(train.epochs * steps_per_epoch))
     factor = lr_factor(config.schedule, steps, steps_per_epoch)

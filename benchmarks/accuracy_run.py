@@ -1,0 +1,150 @@
+"""One student of benchmarks/accuracy.py: trained from memory, with the package's distillers, optimizer and schedule."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import accuracy_data
+import torch
+from accuracy_data import StudyData
+from accuracy_methods import Preset, Task
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from kdav_fast.config import DistillerConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from kdav_fast.distillers import Distiller, Target, build_distiller
+from kdav_fast.models import build_classifier
+from kdav_fast.outputs import Outputs
+from kdav_fast.student import Student
+from kdav_fast.train.optimizer import build_optimizer
+from kdav_fast.train.schedule import lr_factor
+
+EVALUATIONS = 4
+"""In a run, evenly spaced."""
+_worker: dict = {}
+
+
+def start_worker(file: Path, model: ModelConfig, preset: Preset, device: str, threads: int) -> None:
+    """What a process needs before its first `run`."""
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    _worker.update(
+        data=accuracy_data.load(file, torch.device(device)), model=model, preset=preset, device=device
+    )
+
+
+def run(task: Task) -> dict:
+    """Train and evaluate one student in this process, for `concurrent.futures`."""
+    return train_student(task, **_worker)
+
+
+def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Preset, device: str) -> dict:
+    """One student's accuracy.
+
+    Returns:
+        `top1` (percent), `minutes` of training without compilation and evaluation, and `curve`: triples of epoch,
+        minutes, top-1.
+    """
+    torch.manual_seed(task.seed)
+    network = build_classifier(model.name, data.classes, width=model.width)
+    distiller = build_distiller(
+        TypeAdapter(DistillerConfig).validate_python(task.distiller),
+        student_width=network.feature_width,
+        teacher_classifier=data.teacher_classifier(),
+        classes=data.classes,
+        label_smoothing=0.0,
+    ).to(device)
+    student = Student(network, distiller.head).to(device, memory_format=torch.channels_last)
+    if preset.compiled:
+        network.backbone.compile()
+    measure_teacher(distiller, data)
+    epoch_steps = len(data.labels) // preset.batch_size
+    steps = preset.epochs * epoch_steps
+    optimizer = build_optimizer(OptimizerConfig(lr=preset.lr, weight_decay=preset.weight_decay), student)
+    factor = lr_factor(ScheduleConfig(name="one_cycle"), steps, epoch_steps)
+    clock, curve = _Clock(device), []
+    for step, (images, teacher, target) in enumerate(batches(data, preset.batch_size, steps, task.seed)):
+        for group in optimizer.param_groups:
+            group["lr"] = preset.lr * factor(step)
+        loss = distiller(student(images), teacher, target).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 0:
+            clock.restart()  # the first step compiles
+        if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
+            with clock.stopped():
+                curve.append(((step + 1) / epoch_steps, clock.minutes, top1(student, data)))
+    return {"top1": curve[-1][2], "minutes": clock.minutes, "curve": curve, "loss": loss.item()}
+
+
+def measure_teacher(distiller: Distiller, data: StudyData) -> None:
+    """What the distiller wants to know of the training images before training."""
+    if distiller.needs_measuring:
+        target = Target(data.labels, torch.ones_like(data.labels, dtype=torch.bool))
+        distiller.measure(Outputs(data.features[0], data.logits[0]), target)
+        distiller.finish_measuring()
+
+
+def batches(data: StudyData, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Outputs, Target]]:
+    """Batches of whole ones only, each epoch in another order, each image mirrored by a coin's flip."""
+    device, count = data.labels.device, len(data.labels)
+    chance = torch.Generator().manual_seed(seed)
+    valid = torch.ones(size, dtype=torch.bool, device=device)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(steps):
+        if len(order) < size:
+            order = torch.randperm(count, generator=chance).to(device)
+            mirror = (torch.rand(count, generator=chance) < 0.5).to(device)
+        index, order = order[:size], order[size:]
+        mirrored = mirror[index]
+        pixels = data.pixels[index]
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        yield data.normalize(pixels), data.answers(index, mirrored), Target(data.labels[index], valid)
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # another batch size would be compiled for anew
+def top1(student: Student, data: StudyData, size: int = 500) -> float:
+    """Percent of the evaluation images that the student classifies right."""
+    student.eval()
+    correct = 0
+    for pixels, labels in zip(
+        data.evaluation_pixels.split(size), data.evaluation_labels.split(size), strict=True
+    ):
+        correct += (student(data.normalize(pixels)).logits.argmax(1) == labels).sum()
+    student.train()
+    return 100 * int(correct) / len(data.evaluation_labels)
+
+
+class _Clock:
+    """Minutes of training. On a CPU, of this process's one thread: what else the machine does is not in them."""
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self.restart()
+
+    def restart(self) -> None:
+        self._seconds, self._since = 0.0, self._now()
+
+    @property
+    def minutes(self) -> float:
+        running = 0.0 if self._since is None else self._now() - self._since
+        return (self._seconds + running) / 60
+
+    def stopped(self) -> "_Clock":
+        return self
+
+    def __enter__(self) -> None:
+        self._seconds, self._since = self.minutes * 60, None
+
+    def __exit__(self, *exception: object) -> None:
+        self._since = self._now()
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
