@@ -75,6 +75,7 @@ def prepare(config: Config, device: torch.device, folder: Path) -> Path:
         InputError: images or the teacher's weights cannot be used.
     """
     images = open_images(config.data, config.train.seed)
+    network, known = build_network(config.teacher, images.train.classes, "teacher")
     weights = find_student_file(config.teacher.checkpoint)
     identity = f"{images.train.digest} {images.evaluation.digest} {config.data.model_dump(exclude={'root'})} "
     identity += hashlib.sha256(weights.read_bytes()).hexdigest()
@@ -94,7 +95,6 @@ def prepare(config: Config, device: torch.device, folder: Path) -> Path:
         seed=config.train.seed,
         normalization=normalization,
     )
-    network, known = build_network(config.teacher, loaders.classes, "teacher")
     network.to(device, memory_format=torch.channels_last)
     renormalize = renormalization(normalization, known or normalization)
     teacher = FrozenTeacher(network, renormalize, device, None)

@@ -67,6 +67,12 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             "prototypes=measured",
         ),
         ([*TEACHER, "distiller.name=kdav", "train.label_smoothing=0.1"], "which uses no labels"),
+        (
+            [*TEACHER, "distiller.name=kdav", "train.label_smoothing=0.1"],
+            "or, with kdav, distiller.weight_label above 0",
+        ),
+        ([*TEACHER, "teacher.precision=fp8"], "'teacher.precision'"),
+        ([*TEACHER, "distiller.name=kdav", "distiller.weight_label=-1"], "'distiller.weight_label'"),
         ([*TEACHER, "distiller.name=simkd", "train.label_smoothing=0.1"], "'simkd', which uses no labels"),
         (["distiller.name=simkd"], "distiller.name is 'simkd' but there is no teacher; set teacher.name"),
         (

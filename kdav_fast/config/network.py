@@ -1,6 +1,6 @@
 """The model and teacher sections."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import model_validator
 
@@ -36,5 +36,8 @@ class TeacherConfig(ModelConfig):
     """The frozen network that teaches."""
 
     name: str
+    precision: Literal["train", "fp32", "bf16", "fp16"] = "train"
+    """Number format it computes in. `train`: as `train.precision`; `bf16` also beside an fp32 student, at half the
+    cost where the processor has it. Its answers are float32 in any case."""
     sharded: bool = False
     """Spread its weights over all processes (ZeRO-3 inference), for a teacher that does not fit on one GPU."""

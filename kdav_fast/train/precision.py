@@ -8,9 +8,9 @@ from kdav_fast.errors import InputError
 
 
 def autocast_dtype(
-    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device
+    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device, key: str = "train.precision"
 ) -> torch.dtype | None:
-    """The autocast dtype of a run, or None for plain float32.
+    """The autocast dtype of a run, or None for plain float32; `key` is what messages call `precision`.
 
     Parameters, the embedding head and the loss stay in float32 in any case.
 
@@ -20,20 +20,20 @@ def autocast_dtype(
     has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
     if precision == "bf16" and not has_bf16:
         name = torch.cuda.get_device_name(device)
-        raise InputError(
-            f"train.precision is 'bf16' but {name} has no bf16 arithmetic; use train.precision=fp16 or fp32"
-        )
+        raise InputError(f"{key} is 'bf16' but {name} has no bf16 arithmetic; use {key}=fp16 or fp32")
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
-def check_image_dtype(images: Literal["fp32", "fp16", "bf16"], dtype: torch.dtype | None) -> None:
-    """Raise `InputError` if networks that compute in `dtype` (None: float32) cannot take such images."""
+def check_image_dtype(
+    images: Literal["fp32", "fp16", "bf16"], dtype: torch.dtype | None, key: str = "train.precision"
+) -> None:
+    """Raise `InputError` if networks cannot take such images; `key` gave them `dtype` (None: float32)."""
     if images != "fp32" and dtype is None:
         raise InputError(
-            f"data.dtype is '{images}' but the networks compute in fp32; use data.dtype=fp32, or "
-            "train.precision=bf16 or fp16"
+            f"data.dtype is '{images}' but {key} lets the networks compute in fp32; use data.dtype=fp32, or "
+            f"{key}=bf16 or fp16"
         )
 
 

@@ -228,6 +228,9 @@ def _build_teacher(
         network.to(cluster.device, memory_format=torch.channels_last)
     if config.teacher.compile:
         network.compile()
+    if config.teacher.precision != "train":
+        dtype = autocast_dtype(config.teacher.precision, cluster.device, "teacher.precision")
+        check_image_dtype(config.data.dtype, dtype, "teacher.precision")
     renormalize = renormalization(normalization, known or normalization)
     return FrozenTeacher(network, renormalize, cluster.device, dtype), classifier
 

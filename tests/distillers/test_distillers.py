@@ -79,8 +79,8 @@ def test_kd_is_hinton_s_formula(batch):
     assert set(losses.parts) == {"cross_entropy", "soft_target_kl"}
 
 
-def measured(config, teacher, target):
-    distiller = build(config)
+def measured(config, teacher, target, label_smoothing=0.0):
+    distiller = build(config, label_smoothing)
     assert distiller.needs_measuring
     distiller.measure(teacher, target)
     distiller.finish_measuring()
@@ -121,6 +121,30 @@ def test_kdav_remembers_the_batch_first_then_takes_the_loss_over_the_memory(batc
     losses.total.backward()
     assert embedding.grad[:6].isfinite().all()
     assert (embedding.grad[:6] != 0).any()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_kdav_label_term_is_the_cross_entropy_of_the_prototypes_scores(batch, smoothing):
+    student, teacher, target = batch
+    labelled = KDAVConfig(name="kdav", memory_length=16, kappa_student=5, weight_label=0.3)
+    without = measured(labelled.model_copy(update={"weight_label": 0.0}), teacher, target)
+    plain = without(student, teacher, target)
+    distiller = measured(labelled, teacher, target, smoothing)
+    embedding = student.embedding.clone().requires_grad_()
+    losses = distiller(student._replace(embedding=embedding), teacher, target)
+
+    features = teacher.features[:6].double()
+    means = [(features - features.mean(0))[target.labels[:6] == y].mean(0) for y in range(CLASSES)]
+    z = student.embedding[:6].double()
+    cosines = torch.stack([torch.stack([m @ row / m.norm() / row.norm() for m in means]) for row in z])
+    log_p = (5 * cosines).log_softmax(1)
+    truth = F.one_hot(target.labels[:6], CLASSES) * (1 - smoothing) + smoothing / CLASSES
+    hard = -(truth * log_p).sum(1).mean()
+    torch.testing.assert_close(losses.parts["cross_entropy"].double(), hard, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close((losses.total - plain.total).double(), 0.3 * hard, rtol=1e-3, atol=1e-4)
+    assert "cross_entropy" not in plain.parts
+    losses.total.backward()
+    assert embedding.grad[:6].isfinite().all()
 
 
 def test_kdav_running_prototypes_are_those_of_all_batches_seen(batch):

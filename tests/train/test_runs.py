@@ -95,7 +95,7 @@ def test_a_run_on_a_published_archive_is_evaluated_and_continued_there(small_con
 
 def test_half_precision_images_need_networks_that_take_them(small_config, tmp_path):
     with pytest.raises(
-        InputError, match=r"data\.dtype is 'bf16' but the networks compute in fp32; use data\.dtype=fp32, or"
+        InputError, match=r"data\.dtype is 'bf16' but train\.precision lets the networks compute in fp32"
     ):
         run_training(small_config(tmp_path / "run", data={"dtype": "bf16"}))
     for dtype in ("bf16", "fp16"):

@@ -1,0 +1,99 @@
+"""Each way of computing faster trains alike: equal losses from equal weights on equal batches."""
+
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from kdav_fast.errors import InputError
+from kdav_fast.train.distributed import start_cluster
+from kdav_fast.train.loop import measure_teacher
+from kdav_fast.train.setup import set_up
+from kdav_fast.train.step import PHASES, take_step
+from kdav_fast.train.stopping import StopRequest
+
+STEPS, LR = 6, 0.01  # gentle steps: training magnifies roundings at larger ones
+
+
+@pytest.fixture
+def losses_of(small_config, teacher_run, tmp_path):
+    """Losses of the first steps of a run with the given sections."""
+    folders = (tmp_path / str(i) for i in itertools.count())
+
+    def losses(name="kdav", teacher=None, **sections):
+        distiller = {"name": name, **({"memory_length": 100} if name == "kdav" else {})}
+        section = {"name": "cifar:resnet8", "checkpoint": str(teacher_run), **(teacher or {})}
+        cluster = start_cluster("cpu")
+        parts = set_up(small_config(next(folders), distiller=distiller, teacher=section, **sections), cluster)
+        with StopRequest(cluster) as stop:
+            if parts.distiller.needs_measuring:
+                measure_teacher(parts, stop)
+        parts.student.train()
+        batches = itertools.cycle(list(parts.loaders.train))
+        seen = []
+        for _ in range(STEPS):
+            taken, (micro_batch,) = take_step(parts, batches, LR)
+            assert taken
+            seen.append(micro_batch.losses.total.item())
+        return torch.tensor(seen)
+
+    return losses
+
+
+def test_a_teacher_in_half_precision(losses_of):
+    plain, half = losses_of(), losses_of(teacher={"precision": "bf16"})
+    assert not torch.equal(plain, half)  # it did compute otherwise
+    torch.testing.assert_close(half, plain, rtol=2e-2, atol=1e-3)
+
+
+def test_a_teacher_in_full_precision_beside_a_student_in_half(losses_of):
+    half = {"train": {"precision": "bf16", "epochs": 1}}
+    both, student_only = losses_of(**half), losses_of(teacher={"precision": "fp32"}, **half)
+    assert not torch.equal(both, student_only)
+    torch.testing.assert_close(student_only, both, rtol=3e-2, atol=1e-3)
+
+
+def test_half_precision_images_need_a_teacher_that_takes_them(losses_of):
+    with pytest.raises(
+        InputError, match=r"teacher\.precision lets the networks compute in fp32; use data\.dtype"
+    ):
+        losses_of(
+            teacher={"precision": "fp32"}, data={"dtype": "bf16"}, train={"precision": "bf16", "epochs": 1}
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["none", "kd", "simkd", "kdav"])
+def test_compiled_networks(losses_of, name):
+    plain = losses_of(name)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = losses_of(name, model={"name": "cifar:resnet8", "width": 0.25, "compile": True})
+    assert counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    if name == "kdav":
+        counters.clear()
+        torch._dynamo.reset()
+        torch.testing.assert_close(losses_of(name, teacher={"compile": True}), plain, rtol=1e-4, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] > 0
+
+
+def test_the_phases_of_a_step_are_entered_in_order(small_config, teacher_run, tmp_path):
+    from contextlib import contextmanager
+
+    entered = []
+
+    @contextmanager
+    def phase(name):
+        entered.append(name)
+        yield
+
+    teacher = {"name": "cifar:resnet8", "checkpoint": str(teacher_run)}
+    train = {"accumulate": 2, "epochs": 1}
+    parts = set_up(
+        small_config(tmp_path / "run", distiller={"name": "kd"}, teacher=teacher, train=train),
+        start_cluster("cpu"),
+    )
+    take_step(parts, iter(parts.loaders.train), LR, phase)
+    assert entered == [*PHASES[:-1], *PHASES[:-1], "optimizer"]
