@@ -1,0 +1,176 @@
+"""The accuracy benchmark: what a student is fed, what is made of the results, and a whole small run."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from kdav_fast.models import build_classifier
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))  # the scripts import each other by name
+
+import accuracy  # noqa: E402
+from accuracy_data import StudyData  # noqa: E402
+from accuracy_methods import MAIN, PRESETS, VARIANTS, tasks  # noqa: E402
+from accuracy_run import batches  # noqa: E402
+
+CLASSES, COUNT = 3, 10
+NETWORKS = ["teacher.name=cifar:resnet8", "teacher.width=0.25", "model.width=0.25", "data.image_size=16"]
+
+
+@pytest.fixture
+def study():
+    """Ten images that show their position on the left; the teacher's answers are position and side."""
+    pixels = torch.zeros(COUNT, 4, 4, 3, dtype=torch.uint8)
+    pixels[:, :, 0] = torch.arange(COUNT, dtype=torch.uint8)[:, None, None]
+    answers = torch.stack([torch.arange(COUNT).float(), torch.arange(COUNT) + 100.0])[..., None]
+    return StudyData(
+        pixels=pixels,
+        labels=torch.arange(COUNT) % CLASSES,
+        evaluation_pixels=pixels,
+        evaluation_labels=torch.arange(COUNT) % CLASSES,
+        features=answers.expand(2, COUNT, 5),
+        logits=answers.expand(2, COUNT, CLASSES),
+        classifier_weight=torch.zeros(CLASSES, 5),
+        classifier_bias=torch.zeros(CLASSES),
+        mean=torch.zeros(3),
+        std=torch.ones(3),
+        teacher_correct=torch.tensor(9),
+    )
+
+
+def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
+    sides = set()
+    for images, teacher, target in batches(study, 3, 12, seed=0):
+        left, right = (images[:, 0, 0, side] * 255 for side in (0, -1))
+        mirrored = teacher.features[:, 0] >= 100
+        position = teacher.features[:, 0] % 100
+        torch.testing.assert_close(torch.where(mirrored, right, left), position)
+        assert torch.equal(target.labels, position.long() % CLASSES)
+        assert target.valid.all()
+        sides |= set(mirrored.tolist())
+    assert sides == {True, False}
+
+
+def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(study):
+    positions = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
+    first, second = (list(chain(*epoch)) for epoch in (positions[:3], positions[3:]))
+    assert len(set(first)) == len(set(second)) == 9
+    assert first != second
+    again = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
+    other = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=1)]
+    assert again == positions != other
+
+
+def test_the_first_seeds_of_all_methods_come_first():
+    listed = tasks(PRESETS["cpu"])
+    assert [task.method for task in listed[:4]] == list(MAIN)
+    assert [task.seed for task in listed[: 3 * 4]] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {task.method for task in listed} == {*MAIN, *VARIANTS}
+    assert len({(task.method, task.seed) for task in listed}) == len(listed)
+
+
+def results_of(**top1):
+    return [
+        {
+            "method": m,
+            "distiller": {},
+            "seed": s,
+            "top1": v,
+            "minutes": 1.0 + s,
+            "curve": [(1, 1.0, v / 2), (2, 2.0, v)],
+        }
+        for m, values in top1.items()
+        for s, v in enumerate(values)
+    ]
+
+
+def test_a_row_has_mean_and_deviation_over_seeds():
+    rows = accuracy.summarize(results_of(KDAV=[70.0, 72.0, 74.0], KD=[69.0]))
+    kd, kdav = rows
+    assert (kd["method"], kd["mean_top1"], kd["std_top1"]) == ("KD", 69.0, None)
+    assert (kdav["mean_top1"], kdav["std_top1"]) == (72.0, statistics.stdev([70, 72, 74]))
+    assert (kdav["minutes"], kdav["seeds"]) == (2.0, [0, 1, 2])
+
+
+@pytest.mark.parametrize(("kd", "met"), [(69.9, True), (70.1, False)])
+def test_targets_are_judged_by_the_means(kd, met):
+    judged = {
+        t["name"]: t for t in accuracy.targets(accuracy.summarize(results_of(KDAV=[71.0, 73.0], KD=[kd])))
+    }
+    over_kd = judged["accuracy: KDAV over KD (points of top-1)"]
+    assert over_kd["met"] is met
+    assert over_kd["measured"] == pytest.approx(72 - kd)
+    untrained = judged["accuracy: KDAV over SimKD (points of top-1)"]
+    assert untrained["met"] is None
+    assert untrained["measured"] is None
+
+
+def launch(*arguments):
+    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--device=cpu", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_small_run_is_finished_by_the_same_command(tmp_path):
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 70), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    weights = build_classifier("cifar:resnet8", 2, width=0.25).stock_state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "teacher.safetensors")
+    arguments = [f"--root={tmp_path}/images", f"--teacher={tmp_path}/teacher.safetensors", "--workers=1"]
+    arguments += [
+        f"--work={tmp_path}/work",
+        "--eager",
+        "--epochs=4",
+        "--train-subset=140",
+        "--variant-seeds=1",
+    ]
+    arguments += [f"--json={tmp_path}/result.json", "--override", *NETWORKS]
+    methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1)"]
+    first = launch(*arguments, "--seeds=1", *methods)
+    assert first.returncode == 0, first.stderr
+    log = tmp_path / "work" / "students.jsonl"
+    lines = log.read_text().splitlines()
+    assert len(lines) == 5
+
+    second = launch(*arguments, "--seeds=2", *methods)
+    assert second.returncode == 0, second.stderr
+    assert log.read_text().splitlines()[:5] == lines
+    assert len(log.read_text().splitlines()) == 9
+    record = json.loads((tmp_path / "result.json").read_text())
+    seeds = {row["method"]: row["seeds"] for row in record["rows"]}
+    assert seeds == {**{method: [0, 1] for method in MAIN}, "KDAV, with labels (weight 0.1)": [0]}
+    assert all([len(curve) for curve in row["curves"]] == [4] * len(row["seeds"]) for row in record["rows"])
+    assert record["teacher_top1"] in [100 * n / 8 for n in range(9)]
+    assert str(tmp_path) not in json.dumps(record)
+    assert (tmp_path / "result.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root=/nowhere", "--teacher=/nowhere"], "data.root /nowhere is not a folder"),
+        (["--root=/nowhere", "--epochs=0"], "--epochs is 0; give a number above 0"),
+        (["--root=/nowhere", "--methods", "KDVA"], "invalid choice: 'KDVA'"),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, arguments, message):
+    process = launch(f"--work={tmp_path}", *arguments)
+    assert process.returncode == 2
+    assert message in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
