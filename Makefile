@@ -4,7 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint kernels install clean
+# What `make bench` measures: CIFAR is train/CLASS/*.jpg and test/CLASS/*.jpg, PHOTOS a folder of class folders.
+CIFAR ?= data/cifar10-jpeg
+PHOTOS ?= data/photographs
+RUN ?= $(BIN)/python
+RESULTS ?= benchmarks/results
+
+.PHONY: demo test test-slow lint kernels bench bench-gpu install clean
 
 demo: install
 	$(BIN)/kdav demo
@@ -23,6 +29,23 @@ lint: install
 # Compiles every Triton kernel for three GPU generations; no GPU is needed.
 kernels: install
 	$(BIN)/python -m kdav_fast.kernels.aot --targets sm_80,sm_90,sm_100
+
+# Every CPU preset, one after another on an otherwise idle machine: about two hours, most of them accuracy's, which
+# goes on where it was stopped. The report is benchmarks/results/report.html; the README shows its summary.
+bench: install
+	@for folder in "$(CIFAR)/train" "$(PHOTOS)"; do test -d "$$folder" || { echo "make bench: no folder $$folder; \
+	give both: make bench CIFAR=FOLDER PHOTOS=FOLDER" >&2; exit 2; }; done
+	$(RUN) benchmarks/loss_kernel.py --device cpu
+	$(RUN) benchmarks/data_pipeline.py --device cpu --root $(PHOTOS)
+	$(RUN) benchmarks/training_step.py --device cpu --root $(PHOTOS)
+	$(RUN) benchmarks/scale.py --device cpu
+	$(RUN) benchmarks/accuracy.py --device cpu --root $(CIFAR)
+	$(RUN) benchmarks/summary.py
+
+# Everything for one GPU in less than 10 minutes: what fails or takes too long is said, and the rest goes on.
+# With a Python that has all packages: make bench-gpu RUN=python CIFAR=FOLDER PHOTOS=FOLDER RESULTS=FOLDER
+bench-gpu:
+	CIFAR=$(CIFAR) PHOTOS=$(PHOTOS) RESULTS=$(RESULTS) $(RUN) benchmarks/gpu.py
 
 install: $(READY)
 

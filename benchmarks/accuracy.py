@@ -147,16 +147,17 @@ def targets(rows: list[dict]) -> list[dict]:
     mean = {row["method"]: row["mean_top1"] for row in rows}
     least = {"labels only": 0.0, "KD": 2.0, "SimKD": 0.0}
     found = []
-    for rival, points in least.items():
-        measured = mean["KDAV"] - mean[rival] if {"KDAV", rival} <= mean.keys() else None
-        found.append(
-            {
-                "name": f"accuracy: KDAV over {rival} (points of top-1)",
-                "target": points,
-                "measured": measured,
-                "met": None if measured is None else measured >= points,
-            }
-        )
+    for method in ("KDAV", "KDAV, kappa 20"):
+        for rival, points in least.items():
+            measured = mean[method] - mean[rival] if {method, rival} <= mean.keys() else None
+            found.append(
+                {
+                    "name": f"accuracy: {method} over {rival} (points of top-1)",
+                    "target": points,
+                    "measured": measured,
+                    "met": None if measured is None else measured >= points,
+                }
+            )
     return found
 
 
