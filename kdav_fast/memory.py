@@ -92,7 +92,7 @@ class TeacherMemory(nn.Module):
             keep &= valid
         embedding = F.normalize(teacher_embedding.float(), dim=1).to(self._embedding.dtype)
         posterior = self._as_posterior(knowledge)
-        embedding, posterior, keep = (_gather(t) for t in (embedding, posterior, keep))
+        embedding, posterior, keep = _gather(embedding, posterior, keep)
 
         rank = keep.cumsum(0) - 1  # a row's place among those kept
         pushed = keep.sum()
@@ -131,12 +131,16 @@ class TeacherMemory(nn.Module):
             )
 
 
-def _gather(rows: Tensor) -> Tensor:
-    """Rows of all ranks, in rank order."""
+def _gather(*columns: Tensor) -> tuple[Tensor, ...]:
+    """Rows of all ranks, in rank order, of several tensors with as many rows: side by side as bytes, in one message."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return rows
-    # Booleans travel as bytes: not every backend gathers them.
-    wire = rows.to(torch.uint8) if rows.dtype == torch.bool else rows
-    gathered = wire.new_empty(dist.get_world_size() * wire.shape[0], *wire.shape[1:])
-    dist.all_gather_into_tensor(gathered, wire.contiguous())
-    return gathered.to(rows.dtype)
+        return columns
+    as_bytes = [column.contiguous().view(len(column), -1).view(torch.uint8) for column in columns]
+    wire = torch.cat(as_bytes, dim=1)
+    gathered = wire.new_empty(dist.get_world_size() * wire.shape[0], wire.shape[1])
+    dist.all_gather_into_tensor(gathered, wire)
+    parts = gathered.split([part.shape[1] for part in as_bytes], dim=1)
+    return tuple(
+        part.contiguous().view(column.dtype).view(-1, *column.shape[1:])
+        for part, column in zip(parts, columns, strict=True)
+    )
