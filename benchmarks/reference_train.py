@@ -129,7 +129,7 @@ class KDAVLoss:
         log_q = F.log_softmax(c.kappa_teacher * teacher @ embedding.T, dim=1)
         membership = F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
         if self.ids:
-            p_class = torch.zeros_like(q_class).index_add(1, posterior, log_p.exp())
+            p_class = torch.zeros_like(q_class).index_add(1, posterior, log_p.exp().to(q_class.dtype))
         else:
             p_class = log_p.exp() @ posterior
         prediction = F.kl_div(p_class.clamp(min=1e-8).log(), q_class, reduction="batchmean")
