@@ -249,7 +249,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    device, began = torch.device(options.device), time.monotonic()
+    device = torch.device(options.device)
     options.work.mkdir(parents=True, exist_ok=True)
     try:
         teacher = options.teacher or train_teacher(options, options.device)
@@ -267,7 +267,6 @@ def main() -> None:
         "preset": asdict(options.settings),
         "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
         "teacher_top1": teacher_top1,
-        "total_minutes": (time.monotonic() - began) / 60,
         "rows": rows,
         "targets": targets(rows),
     }

@@ -30,6 +30,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "KDAV, kappa 5": KDAV | {"kappa_student": 5.0, "kappa_teacher": 5.0},
     "KDAV, kappa 40": KDAV | {"kappa_student": 40.0, "kappa_teacher": 40.0},
     "KDAV, kappa 20, with labels (weight 0.1)": SHARPER | {"weight_label": 0.1},
+    "KDAV, kappa 20, temperature 2": SHARPER | {"temperature": 2.0},
+    "KDAV, kappa 20, temperature 4": SHARPER | {"temperature": 4.0},
     "KDAV, temperature 2": KDAV | {"temperature": 2.0},
     "KDAV, temperature 4": KDAV | {"temperature": 4.0},
     "KDAV, memory 1024": KDAV | {"memory_length": 1024},

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-LIMITS = {"loss_kernel": 100, "training_step": 210, "data_pipeline": 55, "accuracy": 165, "scale": 60}
+LIMITS = {"loss_kernel": 100, "training_step": 225, "data_pipeline": 45, "accuracy": 165, "scale": 60}
 """Seconds; 590 in all. The kernels come first."""
 
 
@@ -26,8 +26,8 @@ def commands(results: Path) -> dict[str, list[str]]:
     has_photos = "PHOTOS" in os.environ and photos.is_dir()
     wanted = {
         "loss_kernel": ["--seconds=0.3"],
-        "training_step": ["--seconds=8", *([f"--root={photos}"] if has_photos else [])],
-        "data_pipeline": [f"--root={photos}", "--seconds=6", "--round-seconds=1"] if has_photos else None,
+        "training_step": ["--seconds=7", *([f"--root={photos}"] if has_photos else [])],
+        "data_pipeline": [f"--root={photos}", "--seconds=4", "--round-seconds=1"] if has_photos else None,
         "accuracy": [f"--root={cifar}", "--minutes=2", "--work", str(results / "accuracy")]
         if "CIFAR" in os.environ and cifar.is_dir()
         else None,

@@ -74,6 +74,8 @@ class TrainConfig(Section):
     the loss, so that small gradients do not vanish."""
     max_skipped_steps: Count = 20
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
+    cudnn_benchmark: bool = True
+    """On a GPU, try cuDNN's convolutions at the first step and keep the fastest; shapes never change in a run."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes instead of each one's own."""
     zero_stage: Literal[0, 1, 2, 3] = 0

@@ -115,6 +115,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
             f"distiller.impl is 'triton' but the device is '{device.type}'; the fused kernels need a GPU: "
             "use distiller.impl=auto"
         )
+    torch.backends.cudnn.benchmark = train.cudnn_benchmark
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels) for split in images])
     classes = images.train.classes

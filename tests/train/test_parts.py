@@ -16,6 +16,7 @@ from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype
+from kdav_fast.train.setup import set_up
 from kdav_fast.train.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
@@ -138,3 +139,13 @@ def test_engine_step_is_plain_torch_s(zero_stage, clip):
     with engine.whole_weights():
         for ours, expected in zip(mine.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_cudnn_tries_its_convolutions_unless_told_not_to(small_config, tmp_path, wanted):
+    before = torch.backends.cudnn.benchmark
+    try:
+        set_up(small_config(tmp_path / "run", train={"cudnn_benchmark": wanted}), start_cluster("cpu"))
+        assert torch.backends.cudnn.benchmark is wanted
+    finally:
+        torch.backends.cudnn.benchmark = before
