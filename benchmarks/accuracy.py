@@ -262,6 +262,8 @@ def main() -> None:
     results = train_all(tasks(options.settings, options.methods), file, config, options)
     rows = summarize(results)
     environment = describe(device, PACKAGES)
+    if device.type == "cpu":
+        environment["threads"] = options.threads  # of each student
     record = {
         "environment": environment,
         "preset": asdict(options.settings),
