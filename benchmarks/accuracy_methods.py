@@ -22,6 +22,8 @@ MAIN: dict[str, dict[str, Any]] = {
 with the package's training a kappa of 20 does better."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "SimKD, feature term only": {"name": "simkd"},
+    "KDAV, both weights 4": KDAV | {"weight_membership": 4.0, "weight_prediction": 4.0},
+    "KDAV, kappa 20, both weights 4": SHARPER | {"weight_membership": 4.0, "weight_prediction": 4.0},
     "KDAV, membership term only": KDAV | {"weight_prediction": 0.0},
     "KDAV, prediction term only": KDAV | {"weight_membership": 0.0},
     "KDAV, not centred": KDAV | {"center": False},
