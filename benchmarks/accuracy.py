@@ -15,7 +15,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import matplotlib.pyplot as plt
 import torch
 from accuracy_methods import MAIN, PRESETS, VARIANTS, Preset, Task, tasks
 from accuracy_run import run, start_worker
+from command_line import Parser, check_device, default_device, positive, result_files
 from environment import describe
 from rich.console import Console
 from rich.table import Table
@@ -33,18 +34,17 @@ from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError
 
 RECIPES = Path(__file__).parent.parent / "launch"
-RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy")
 
 
-def train_teacher(options: argparse.Namespace, device: str) -> Path:
+def train_teacher(options: argparse.Namespace) -> Path:
     """The run folder of the teacher: trained, or continued, by the package on all training images."""
     from kdav_fast.train.loop import run_training
 
     folder = options.work / "teacher"
     settings = [
         f"run_dir={folder}",
-        f"device={device}",
+        f"device={options.device}",
         f"data.root={options.root}",
         "data.train_subset=null",
     ]
@@ -66,63 +66,81 @@ def student_config(options: argparse.Namespace, preset: Preset, teacher: Path) -
     return load_config(RECIPES / "cifar10.yaml", [*settings, "data.resident=true", *options.override])
 
 
-def train_all(todo: list[Task], file: Path, config: Config, options: argparse.Namespace) -> list[dict]:
+class Log:
+    """The finished students of a folder, one a line: what an earlier attempt has trained is not trained again.
+
+    Args:
+        file: appended to.
+        circumstances: all that decides a student besides its task.
+    """
+
+    def __init__(self, file: Path, circumstances: list) -> None:
+        self._file, self._key = file, json.dumps(circumstances)
+        self._known: dict[str, dict] = {}
+        for line in file.read_text().splitlines() if file.exists() else ():
+            result = json.loads(line)
+            if result["key"] == self._key:
+                self._known[json.dumps(result["task"])] = result
+
+    def find(self, task: Task) -> dict | None:
+        return self._known.get(json.dumps(asdict(task)))
+
+    def add(self, task: Task, outcome: dict) -> dict:
+        result = {"key": self._key, "task": asdict(task), **outcome}
+        with self._file.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        return result
+
+
+def train_all(listed: list[Task], file: Path, config: Config, options: argparse.Namespace) -> list[dict]:
     """Results of all students that the time allows, those of an earlier attempt included."""
-    preset, log = options.settings, options.work / "students.jsonl"
-    key = json.dumps(
-        [file.name, asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0)), options.device]
+    preset, device = options.settings, options.device
+    same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0))
+    log = Log(
+        options.work / "students.jsonl", [file.name, config.model.model_dump(mode="json"), same, device]
     )
-    done = {}
-    if log.exists():
-        for line in map(json.loads, log.read_text().splitlines()):
-            if line["key"] == key:
-                done[line["method"], json.dumps(line["distiller"]), line["seed"]] = line
-    results, waiting = [], []
-    for task in todo:
-        known = done.get((task.method, json.dumps(task.distiller), task.seed))
-        results.append(known) if known else waiting.append(task)
-    workers = options.workers or (1 if options.device == "cuda" else len(os.sched_getaffinity(0)))
-    began, longest = time.monotonic(), 0.0
+    found = {task: log.find(task) for task in listed}
+    waiting = [task for task in listed if found[task] is None]
+    results = [result for result in found.values() if result is not None]
+    workers = options.workers or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
     pool = ProcessPoolExecutor(
         workers,
         multiprocessing.get_context("spawn"),
         start_worker,
-        (file, config.model, preset, options.device, options.threads),
+        (file, config.model, preset, device, options.threads),
     )
-    bar = tqdm(total=len(todo), initial=len(results), desc="students")
-    running: dict = {}
+    began, longest = time.monotonic(), 0.0
+    running: dict[Future, tuple[Task, float]] = {}
+    bar = tqdm(total=len(listed), initial=len(results), desc="students")
     try:
         while waiting or running:
+            if longest and (time.monotonic() - began + longest) / 60 > preset.minutes and waiting:
+                bar.write(f"the {preset.minutes:g} minutes are over: {len(waiting)} students not trained")
+                waiting.clear()
             while waiting and len(running) < workers:
-                if (time.monotonic() - began + longest) / 60 > preset.minutes and longest:
-                    bar.write(f"the {preset.minutes:g} minutes are over: {len(waiting)} students not trained")
-                    waiting.clear()
-                    break
                 task = waiting.pop(0)
                 running[pool.submit(run, task)] = task, time.monotonic()
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 task, since = running.pop(future)
                 longest = max(longest, time.monotonic() - since)
-                result = {"key": key, **task.identity(), **future.result()}
-                with log.open("a") as lines:
-                    lines.write(json.dumps(result) + "\n")
-                results.append(result)
+                results.append(log.add(task, future.result()))
                 bar.update()
-                bar.write(f"{task.method}, seed {task.seed}: {result['top1']:.2f} %")
+                bar.write(f"{task.method}, seed {task.seed}: {results[-1]['top1']:.2f} %")
+    except BaseException:
+        for process in multiprocessing.active_children():  # half a student is worth nothing: not waited for
+            process.terminate()
+        raise
     finally:
         bar.close()
-        # Students that are half trained are not waited for; finished ones are in the log.
-        for process in multiprocessing.active_children():
-            process.terminate()
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
     return results
 
 
 def summarize(results: list[dict]) -> list[dict]:
     """A row a method: mean and standard deviation of top-1 over seeds, mean minutes, curves."""
     by_method = defaultdict(list)
-    for result in sorted(results, key=lambda result: result["seed"]):
-        by_method[result["method"]].append(result)
+    for result in sorted(results, key=lambda result: result["task"]["seed"]):
+        by_method[result["task"]["method"]].append(result)
     rows = []
     for method in [name for name in (*MAIN, *VARIANTS) if name in by_method]:
         runs = by_method[method]
@@ -130,8 +148,8 @@ def summarize(results: list[dict]) -> list[dict]:
         rows.append(
             {
                 "method": method,
-                "settings": runs[0]["distiller"],
-                "seeds": [one["seed"] for one in runs],
+                "settings": runs[0]["task"]["distiller"],
+                "seeds": [one["task"]["seed"] for one in runs],
                 "top1": values,
                 "mean_top1": statistics.mean(values),
                 "std_top1": statistics.stdev(values) if len(values) > 1 else None,
@@ -174,7 +192,7 @@ def print_table(rows: list[dict], teacher_top1: float) -> None:
 
 
 def plot(rows: list[dict], environment: dict, path: Path) -> None:
-    """Accuracy of every method with the deviation over seeds, and the four methods' accuracy against minutes."""
+    """Accuracy of every method with the deviation over seeds, and that of MAIN against minutes."""
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.35 * max(8, len(rows))))
     places = range(len(rows))
     bars.barh(
@@ -205,23 +223,23 @@ def plot(rows: list[dict], environment: dict, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
+def make_parser() -> Parser:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, count, number = parser.add_argument, positive(int), positive(float)
     add("--root", type=Path, required=True, help="folder of train/CLASS/ and test/CLASS/")
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default=default_device())
     add("--preset", choices=tuple(PRESETS), help="default: cpu on a CPU, full on a GPU")
     add("--teacher", type=Path, help="a finished run, or a file of weights, of the recipe's teacher")
     add(
         "--work", type=Path, default=Path("runs/accuracy"), help="what is finished is kept here (%(default)s)"
     )
     add("--methods", nargs="+", choices=(*MAIN, *VARIANTS), metavar="NAME", help="only these (default: all)")
-    for name, kind in {"epochs": int, "seeds": int, "variant-seeds": int, "minutes": float}.items():
-        add(f"--{name}", type=kind, help="instead of the preset's")
-    add("--train-subset", type=int, help="instead of the preset's")
+    for name in ("epochs", "seeds", "variant-seeds", "train-subset"):
+        add(f"--{name}", type=count, help="instead of the preset's")
+    add("--minutes", type=number, help="instead of the preset's")
     add("--eager", action="store_true", help="without torch.compile")
-    add("--workers", type=int, help="students trained side by side (default: one a core; 1 on a GPU)")
-    add("--threads", type=int, default=1, help="of each student on a CPU (%(default)s)")
+    add("--workers", type=count, help="students trained side by side (default: one a core; 1 on a GPU)")
+    add("--threads", type=count, default=1, help="of each student on a CPU (%(default)s)")
     add("--override", nargs="+", default=[], metavar="key=value", help="of launch/cifar10.yaml")
     add(
         "--teacher-override",
@@ -230,37 +248,31 @@ def parse() -> argparse.Namespace:
         metavar="key=value",
         help="of launch/cifar10_teacher.yaml",
     )
-    add("--json", type=Path)
-    add("--plot", type=Path)
-    options = parser.parse_args()
-    for name in ("epochs", "seeds", "variant_seeds", "train_subset", "workers", "threads", "minutes"):
-        if (given := getattr(options, name)) is not None and given <= 0 and name != "variant_seeds":
-            parser.error(f"--{name.replace('_', '-')} is {given}; give a number above 0")
+    add("--json", type=Path, help="result (benchmarks/results/accuracy_DEVICE.json)")
+    add("--plot", type=Path, help="picture (beside the result)")
+    return parser
+
+
+def chosen_preset(options: argparse.Namespace) -> Preset:
+    """The preset with what the command line changes of it."""
     preset = PRESETS[options.preset or ("full" if options.device == "cuda" else "cpu")]
-    given = {
-        name: getattr(options, name)
-        for name in ("epochs", "seeds", "variant_seeds", "minutes", "train_subset")
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    options.settings = replace(preset, compiled=preset.compiled and not options.eager, **given)
-    options.exit = parser.exit
-    return options
+    names = ("epochs", "seeds", "variant_seeds", "minutes", "train_subset")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return replace(preset, compiled=preset.compiled and not options.eager, **given)
 
 
-def main() -> None:
-    options = parse()
-    device = torch.device(options.device)
+def compare(options: argparse.Namespace) -> None:
+    """Raises InputError for what the user can mend."""
+    device = check_device(options.device)
+    path, picture = result_files(options, "accuracy")
+    options.settings = chosen_preset(options)
     options.work.mkdir(parents=True, exist_ok=True)
-    try:
-        teacher = options.teacher or train_teacher(options, options.device)
-        config = student_config(options, options.settings, teacher)
-        file = accuracy_data.prepare(config, device, options.work)
-    except InputError as error:
-        options.exit(2, f"accuracy.py: error: {error}\n")
+    teacher = options.teacher or train_teacher(options)
+    config = student_config(options, options.settings, teacher)
+    file = accuracy_data.prepare(config, device, options.work)
     teacher_top1 = accuracy_data.load(file, torch.device("cpu")).teacher_top1
     print(f"the teacher has {teacher_top1:.2f} %", flush=True)
-    results = train_all(tasks(options.settings, options.methods), file, config, options)
-    rows = summarize(results)
+    rows = summarize(train_all(tasks(options.settings, options.methods), file, config, options))
     environment = describe(device, PACKAGES)
     if device.type == "cpu":
         environment["threads"] = options.threads  # of each student
@@ -272,10 +284,20 @@ def main() -> None:
         "rows": rows,
         "targets": targets(rows),
     }
-    path = options.json or RESULTS / f"accuracy_{device.type}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    plot(rows, environment, options.plot or path.with_suffix(".png"))
+    plot(rows, environment, picture)
     print_table(rows, teacher_top1)
+
+
+def main() -> None:
+    parser = make_parser()
+    options = parser.parse_args()
+    try:
+        compare(options)
+    except InputError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What benchmarks/accuracy.py compares: the methods, and the two sizes of the comparison."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 KDAV: dict[str, Any] = {
@@ -72,15 +72,13 @@ class Task:
     """One student to train."""
 
     method: str
-    distiller: dict[str, Any]
+    """It says what the distiller's settings are."""
     seed: int
-
-    def identity(self) -> dict[str, Any]:
-        return asdict(self)
+    distiller: dict[str, Any] = field(hash=False)
 
 
 def tasks(preset: Preset, chosen: list[str] | None = None) -> list[Task]:
     """The students to train, in the order in which they are begun; `chosen` names methods."""
-    every = [Task(name, d, seed) for seed in range(preset.seeds) for name, d in MAIN.items()]
-    every += [Task(name, d, seed) for seed in range(preset.variant_seeds) for name, d in VARIANTS.items()]
+    every = [Task(name, seed, d) for seed in range(preset.seeds) for name, d in MAIN.items()]
+    every += [Task(name, seed, d) for seed in range(preset.variant_seeds) for name, d in VARIANTS.items()]
     return [task for task in every if chosen is None or task.method in chosen]

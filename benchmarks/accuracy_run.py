@@ -1,7 +1,9 @@
 """One student of benchmarks/accuracy.py: trained from memory, with the package's distillers, optimizer and schedule."""
 
+import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import accuracy_data
@@ -26,6 +28,9 @@ _worker: dict = {}
 
 def start_worker(file: Path, model: ModelConfig, preset: Preset, device: str, threads: int) -> None:
     """What a process needs before its first `run`."""
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(threads)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -75,8 +80,9 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
         if step == 0:
             clock.restart()  # the first step compiles
         if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
+            minutes = clock.minutes
             with clock.stopped():
-                curve.append(((step + 1) / epoch_steps, clock.minutes, top1(student, data)))
+                curve.append(((step + 1) / epoch_steps, minutes, top1(student, data)))
     return {"top1": curve[-1][2], "minutes": clock.minutes, "curve": curve, "loss": loss.item()}
 
 
@@ -127,21 +133,18 @@ class _Clock:
         self.restart()
 
     def restart(self) -> None:
-        self._seconds, self._since = 0.0, self._now()
+        self._since = self._now()
 
     @property
     def minutes(self) -> float:
-        running = 0.0 if self._since is None else self._now() - self._since
-        return (self._seconds + running) / 60
+        return (self._now() - self._since) / 60
 
-    def stopped(self) -> "_Clock":
-        return self
-
-    def __enter__(self) -> None:
-        self._seconds, self._since = self.minutes * 60, None
-
-    def __exit__(self, *exception: object) -> None:
-        self._since = self._now()
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What happens inside takes no time."""
+        stopped_at = self._now()
+        yield
+        self._since += self._now() - stopped_at
 
     def _now(self) -> float:
         if self._cuda:

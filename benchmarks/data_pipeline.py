@@ -19,21 +19,21 @@ one would make look frequent. The files come from the system's cache: all are re
 import argparse
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from command_line import Parser, check_device, default_device, positive, result_files
 from environment import describe
 from PIL import features
-from timing import cpu_seconds, quantiles, wait_until_idle
+from timing import cpu_seconds, quantiles, wait_until_idle, warn_if_noisy, widest_spread
 
 from kdav_fast.data.batch import Batch
 from kdav_fast.data.dali import DaliLoader
@@ -223,16 +223,12 @@ def summarise(contenders: list[Contender]) -> dict[str, object]:
             return None
         return rows[name]["median_images_per_s"] / rows["torchvision"]["median_images_per_s"]
 
-    spreads = [
-        (row["p80_images_per_s"] - row["p20_images_per_s"]) / row["median_images_per_s"]
-        for row in rows.values()
-    ]
     return {
         "rows": list(rows.values()),
         "ratio_dali_cpu_over_torchvision": ratio("dali cpu"),
         "ratio_dali_gpu_over_torchvision": ratio("dali gpu"),
         "ratio_resident_over_torchvision": ratio("resident"),
-        "noise": max(spreads),
+        "noise": widest_spread(list(rows.values()), "images_per_s"),
     }
 
 
@@ -269,37 +265,13 @@ def print_table(result: dict) -> None:
             f"{row['p80_images_per_s']:8.0f}{row['median_images_per_s'] / rows[0]['median_images_per_s']:8.2f}"
             f"{row['cpu_ms_per_image']:14.2f}{row['start_up_s']:12.1f}"
         )
-    if result["noise"] > 0.1:
-        print(
-            f"warning: the rounds of one loader spread by {result['noise']:.0%} of their median; measure again on "
-            "an idle machine",
-            file=sys.stderr,
-        )
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def positive(kind: type) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-
-    read.__name__ = f"{kind.__name__} above 0"  # argparse names it in its message
-    return read
+    warn_if_noisy(result["noise"])
 
 
 def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, seconds = positive(int), positive(float)
     cores = len(os.sched_getaffinity(0))
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add(
         "--root",
@@ -307,7 +279,12 @@ def make_parser() -> Parser:
         required=True,
         help="data set with train/CLASS/IMAGE, or a folder of class folders",
     )
-    add("--device", choices=("cpu", "cuda"), default=cuda, help="where batches are delivered (%(default)s)")
+    add(
+        "--device",
+        choices=("cpu", "cuda"),
+        default=default_device(),
+        help="where batches are delivered (%(default)s)",
+    )
     add("--images", type=count, default=2400, help="in an epoch, and kept by resident (%(default)s)")
     add("--batch-size", type=count, default=64, help="images a batch (%(default)s)")
     add("--size", type=count, default=224, help="side of the square in pixels (%(default)s)")
@@ -327,14 +304,8 @@ def make_parser() -> Parser:
 
 def run(options: argparse.Namespace) -> None:
     """Raises InputError for what the user can mend."""
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device is cuda but torch finds no GPU; use --device cpu")
-    path = options.json or Path(__file__).parent / "results" / f"data_pipeline_{device.type}.json"
-    picture = options.plot or path.with_suffix(".png")
-    for target in (path, picture):
-        if not target.parent.is_dir():
-            raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
+    device = check_device(options.device)
+    path, picture = result_files(options, "data_pipeline")
     images = open_set(options.root, options.images)
     pin(options.cores)
     environment = describe(device, PACKAGES) | {"cores": options.cores}

@@ -17,11 +17,13 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from command_line import Parser, check_device, default_device, positive, result_files
 from environment import describe
-from timing import ceilings, interleaved, peak_extra_bytes
+from timing import ceilings, interleaved, peak_extra_bytes, warn_if_noisy, widest_spread
 from torch import Tensor
 
 from kdav_fast import kdav_loss
+from kdav_fast.errors import InputError
 
 SETTINGS = {"kappa_student": 10.0, "kappa_teacher": 10.0, "temperature": 1.0}
 PASSES = ("forward", "backward", "full")
@@ -211,17 +213,10 @@ def plot(rows: list[dict], environment: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--seconds", type=float, default=1.0, help="for one pass of one shape, all implementations"
-    )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
-    options = parser.parse_args()
-    device = torch.device(options.device)
-    results = Path(__file__).parent / "results"
+def run(options: argparse.Namespace) -> None:
+    """Raises InputError for what the user can mend."""
+    device = check_device(options.device)
+    path, picture = result_files(options, "loss_kernel")
     environment = describe(device)
     rates = {dtype: ceilings(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
     environment["ceilings"] = {str(dtype): rate for dtype, rate in rates.items()}
@@ -232,9 +227,24 @@ def main() -> None:
         print(f"[{index + 1}/{len(listed)}] {shape}", flush=True)
         rows += measure(shape, device, options.seconds, rates)
         torch._dynamo.reset()
-    path = options.json or results / f"loss_kernel_{device.type}.json"
-    path.write_text(json.dumps({"environment": environment, "rows": rows}, indent=1) + "\n")
-    plot(rows, environment, options.plot or results / f"loss_kernel_{device.type}.png")
+    noise = widest_spread(rows)
+    path.write_text(json.dumps({"environment": environment, "rows": rows, "noise": noise}, indent=1) + "\n")
+    plot(rows, environment, picture)
+    warn_if_noisy(noise)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default=default_device())
+    add("--seconds", type=positive(float), default=1.0, help="for one pass of one shape, all implementations")
+    add("--json", type=Path, help="result (benchmarks/results/loss_kernel_DEVICE.json)")
+    add("--plot", type=Path, help="picture (beside the result)")
+    options = parser.parse_args()
+    try:
+        run(options)
+    except InputError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -17,18 +17,17 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from data_pipeline import Parser, positive
+from command_line import RESULT_FOLDER, Parser, check_device, default_device, positive, result_files
 from environment import describe
 from scale_curves import curves
 from scale_groups import Group, write_data, write_recipe
 from scale_model import GATHER, REDUCE, Point, fit_link, predict, ring_seconds, step_collectives
 from scale_plot import plot
-from timing import quantiles
+from timing import quantiles, warn_if_noisy, widest_spread
 
 from kdav_fast.errors import InputError
 
@@ -148,12 +147,6 @@ def compare(piece: dict[str, object]) -> dict[str, object]:
     }
 
 
-def spread(pieces: list[dict[str, object]]) -> float:
-    """The widest of all rounds' spreads, as a share of its median."""
-    rows = [piece[name] for piece in pieces for name in ("alone", "run")]
-    return max((row["p80_s"] - row["p20_s"]) / row["median_s"] for row in rows)
-
-
 def usable_cores(device: str) -> int:
     return len(os.sched_getaffinity(0)) if device == "cpu" else torch.cuda.device_count()
 
@@ -174,19 +167,14 @@ def print_table(result: dict[str, object]) -> None:
             f"{row['error_percent']:+7.1f}%{row['images_per_s']:10.1f}"
         )
     print("times of a step in ms; the curves beyond these are predictions, not measurements")
-    if result["noise"] > 0.1:
-        print(
-            f"warning: the rounds spread by {result['noise']:.0%} of their median, more than 10 %: this machine was "
-            "too busy for the errors to mean much; measure again on an idle one",
-            file=sys.stderr,
-        )
+    warn_if_noisy(result["noise"])
 
 
 def read_options() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, seconds = positive(int), positive(float)
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cpu", "cuda"), default=default_device())
     add("--processes", type=count, nargs="+", help="(1 2 4; on GPUs those of which there are enough)")
     add("--rounds", type=count, default=6, help="of each group, in turn (%(default)s)")
     add("--round-seconds", type=seconds, default=2.0, help="(%(default)s)")
@@ -205,9 +193,7 @@ def read_options() -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Raises InputError for what the user can mend."""
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device is cuda but torch finds no GPU; use --device cpu")
+    device = check_device(options.device)
     if options.processes is None:
         options.processes = [n for n in (1, 2, 4) if device.type == "cpu" or n <= usable_cores("cuda")]
     if device.type == "cuda" and max(options.processes) > usable_cores("cuda"):
@@ -215,11 +201,7 @@ def run(options: argparse.Namespace) -> None:
             f"--processes asks for {max(options.processes)} but torch finds {usable_cores('cuda')} GPUs; ask for "
             "as many at most"
         )
-    path = options.json or Path(__file__).parent / "results" / f"scale_{device.type}.json"
-    picture = options.plot or path.with_suffix(".png")
-    for target in (path, picture):
-        if not target.parent.is_dir():
-            raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
+    path, picture = result_files(options, "scale")
     environment = describe(device, ("torch", "deepspeed", "numpy")) | {"cores": usable_cores(options.device)}
     if device.type == "cpu":
         environment["threads"] = 1  # of each process
@@ -231,9 +213,10 @@ def run(options: argparse.Namespace) -> None:
         write_recipe(folder, options)
         pieces = [measure(world, options, folder) for world in sorted(set(options.processes))]
     rows = [compare(piece) for piece in pieces]
-    drawn, assumptions = curves(pieces, rows, device.type, Path(__file__).parent / "results")
+    drawn, assumptions = curves(pieces, rows, device.type, RESULT_FOLDER)
     result = {"environment": environment, "settings": settings, "rows": rows, "pieces": pieces}
-    result |= {"noise": spread(pieces), "assumptions": assumptions, "curves": drawn}
+    result |= {"noise": widest_spread([piece[name] for piece in pieces for name in ("alone", "run")])}
+    result |= {"assumptions": assumptions, "curves": drawn}
     path.write_text(json.dumps(result, indent=1) + "\n")
     plot(result, picture)
     print_table(result)

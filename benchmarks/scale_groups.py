@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from PIL import Image
-from safetensors.torch import save_file
+from random_teacher import write_random_teacher
 
 from kdav_fast.errors import InputError
-from kdav_fast.models import build_classifier
 
 PROGRAM = Path(__file__).with_name("scale_process.py")
 
@@ -34,14 +32,12 @@ def write_data(folder: Path, classes: int, side: int) -> None:
 
 
 def write_recipe(folder: Path, options: argparse.Namespace) -> None:
-    """A recipe and its teacher, whose weights are random: nobody looks at what is learnt.
+    """A recipe and its teacher's file.
 
     Raises:
         InputError: the teacher's name is unknown.
     """
-    torch.manual_seed(0)
-    weights = build_classifier(options.teacher, options.classes).stock_state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / "teacher.safetensors")
+    write_random_teacher(options.teacher, options.classes, folder / "teacher.safetensors")
     kdav = {"name": "kdav", "memory_length": options.memory_length, "posterior": options.posterior}
     recipe = {
         "run_dir": str(folder / "run"),

@@ -5,13 +5,11 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 from data_pipeline import open_set
 from PIL import Image, ImageFilter
+from random_teacher import write_random_teacher
 
 from kdav_fast.config import Config, apply_overrides, load_config, parse_config
-from kdav_fast.models import IMAGENET, build_classifier
-from kdav_fast.student_file import StudentCard, write_student
 
 RECIPE = Path(__file__).resolve().parent.parent / "launch" / "imagenet_resnet34_resnet18.yaml"
 PHOTOGRAPH = (500, 375)
@@ -78,23 +76,7 @@ def make_recipe(folder: Path, tree: Path, settings: dict[str, object]) -> Config
         "schedule.milestones": [],
     }
     config = load_config(RECIPE, [f"{key}={json.dumps(value)}" for key, value in values.items()])
-    classes = tuple(sorted(entry.name for entry in (tree / "train").iterdir()))
-    torch.manual_seed(1)
-    network = build_classifier(config.teacher.name, len(classes))
-    mean, std = network.normalization or IMAGENET
-    card = StudentCard(
-        name=config.teacher.name,
-        width=1.0,
-        classes=classes,
-        mean=mean,
-        std=std,
-        embedding_width=None,
-        data=config.data,
-        distiller="none",
-        step=0,
-        epoch=0.0,
-    )
-    write_student(weights, network.stock_state_dict(), card)
+    write_random_teacher(config.teacher.name, settings["classes"], weights)
     return config
 
 

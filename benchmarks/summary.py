@@ -12,16 +12,18 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from command_line import RESULT_FOLDER, Parser
 from summary_pages import html_page, markdown
 from summary_results import RESULTS, Result, read_results
 from summary_targets import all_targets
+from timing import NOISE_LIMIT
 
 from kdav_fast.errors import InputError
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LABELS = ("shape", "pass", "implementation", "loader", "contender", "method", "series", "processes")
 """Keys that say what a median is of."""
-NOISE_PERCENT = 10.0
+NOISE_PERCENT = 100 * NOISE_LIMIT
 
 
 def replaced(readme: Path, summary: str) -> str:
@@ -122,18 +124,16 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    here = Path(__file__).parent
-    parser.add_argument("--results", type=Path, default=here / "results", help="folder (benchmarks/results)")
-    parser.add_argument("--readme", type=Path, default=here.parent / "README.md", help="(README.md)")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    readme = RESULT_FOLDER.parent.parent / "README.md"
+    parser.add_argument("--results", type=Path, default=RESULT_FOLDER, help="folder (benchmarks/results)")
+    parser.add_argument("--readme", type=Path, default=readme, help="(README.md)")
     parser.add_argument("--compare", type=Path, metavar="OLD_FOLDER", help="results to compare with")
     options = parser.parse_args()
     try:
         run(options)
     except InputError as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

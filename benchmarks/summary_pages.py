@@ -6,6 +6,7 @@ from pathlib import Path
 
 from summary_results import Result, Table
 from summary_targets import Target
+from timing import NOISE_LIMIT
 
 from kdav_fast.report import CSS
 
@@ -76,7 +77,7 @@ def _noise(result: Result) -> str:
     if not isinstance(noise, int | float):
         return ""
     plain = f"Rounds spread by {noise:.0%} of their median"
-    return f"<p>{plain}{': too noisy to trust' if noise > 0.1 else ''}.</p>"
+    return f"<p>{plain}{': too noisy to trust' if noise > NOISE_LIMIT else ''}.</p>"
 
 
 def _section(result: Result) -> str:

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from pathlib import Path
 import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+NOISE_LIMIT = 0.1
 
 
 def quantiles(values: list[float], unit: str = "s") -> dict[str, float]:
@@ -22,6 +25,21 @@ def quantiles(values: list[float], unit: str = "s") -> dict[str, float]:
         f"p20_{unit}": ordered[round(0.2 * last)],
         f"p80_{unit}": ordered[round(0.8 * last)],
     }
+
+
+def widest_spread(rows: list[dict[str, float]], unit: str = "s") -> float:
+    """The largest (p80 - p20) / median among rows of `quantiles`: how noisy the machine was."""
+    return max((row[f"p80_{unit}"] - row[f"p20_{unit}"]) / row[f"median_{unit}"] for row in rows)
+
+
+def warn_if_noisy(noise: float) -> None:
+    """A line on stderr if times spread so widely that a rerun's medians may differ by more than `NOISE_LIMIT`."""
+    if noise > NOISE_LIMIT:
+        print(
+            f"warning: the machine is too noisy: repetitions of the same spread by {noise:.0%} of their median "
+            f"({NOISE_LIMIT:.0%} is the limit); measure again on an idle machine",
+            file=sys.stderr,
+        )
 
 
 def once(make: Callable[[], Callable[[], object]], device: torch.device) -> float:

@@ -27,12 +27,11 @@ memory. One process only: torchrun and the launchers of DeepSpeed are refused, a
 import argparse
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
-import torch
-from data_pipeline import Parser, open_set, pin, positive, read_once
+from command_line import Parser, check_device, default_device, positive, result_files
+from data_pipeline import open_set, pin, read_once
 from environment import describe
 from step_contenders import (
     CEILING,
@@ -50,7 +49,7 @@ from step_contenders import (
 )
 from step_images import link_tree, make_photographs, make_recipe, override_recipe
 from step_plot import plot
-from timing import quantiles
+from timing import quantiles, warn_if_noisy, widest_spread
 
 from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
@@ -80,7 +79,7 @@ PRESETS = {
         "batch_size": 32,
         "classes": 100,
         "memory_length": 4096,
-        "posterior": "dense",  # on a CPU, the reference's sum over ids knows no bf16
+        "posterior": "dense",
         "images": 300,
         "seconds": 15.0,
         "round_seconds": 3.0,
@@ -182,7 +181,6 @@ def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[
         ("loss and memory, share of the step", "<=", 0.03, loss_share),
         ("step over student only and teacher", "<=", 1.05, overhead),
     ]
-    spreads = [(r["p80_images_per_s"] - r["p20_images_per_s"]) / r["median_images_per_s"] for r in rows]
     return {
         "rows": rows,
         "breakdown_s": phases,
@@ -191,7 +189,7 @@ def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[
         "loss_share": loss_share,
         "distillation_overhead": overhead,
         "targets": [judge(*target) | _reason(target[0], options.device) for target in targets],
-        "noise": max(spreads),
+        "noise": widest_spread(rows, "images_per_s"),
     }
 
 
@@ -211,12 +209,7 @@ def _reason(name: str, device: str) -> dict[str, str]:
 
 
 def print_table(result: dict) -> None:
-    if result["noise"] > 0.1:
-        print(
-            f"warning: the machine is too noisy: the rounds of one contender spread by {result['noise']:.0%} of their "
-            "median (10% is the limit); measure again on an idle machine",
-            file=sys.stderr,
-        )
+    warn_if_noisy(result["noise"])
     for target in result["targets"]:
         measured = "not measured" if target["measured"] is None else f"{target['measured']:.3f}"
         met = {True: "yes", False: "no", None: "-"}[target["met"]]
@@ -238,9 +231,13 @@ def make_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     count, seconds = positive(int), positive(float)
     cores = len(os.sched_getaffinity(0))
-    cuda = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
-    add("--device", choices=tuple(PRESETS), default=cuda, help="and the preset of sizes (%(default)s)")
+    add(
+        "--device",
+        choices=tuple(PRESETS),
+        default=default_device(),
+        help="and the preset of sizes (%(default)s)",
+    )
     add("--root", type=Path, help="data set with train/CLASS/IMAGE, or a folder of class folders")
     add("--contenders", nargs="+", metavar="NAME", default=CONTENDERS, help=f"of {', '.join(CONTENDERS)}")
     add("--fast", nargs="+", metavar="KEY=VALUE", default=(), help="besides FAST, or against it")
@@ -268,8 +265,7 @@ def check_options(options: argparse.Namespace) -> None:
         raise InputError(
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}; this benchmark is one process: use python"
         )
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device is cuda but torch finds no GPU; use --device cpu")
+    check_device(options.device)
     for name, value in PRESETS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
@@ -279,11 +275,7 @@ def check_options(options: argparse.Namespace) -> None:
     for override in options.fast:
         if "=" not in override:
             raise InputError(f"--fast has '{override}'; give KEY=VALUE, such as model.compile=false")
-    options.json = options.json or Path(__file__).parent / "results" / f"training_step_{options.device}.json"
-    options.plot = options.plot or options.json.with_suffix(".png")
-    for target in (options.json, options.plot):
-        if not target.parent.is_dir():
-            raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
+    options.json, options.plot = result_files(options, "training_step")
 
 
 def run(options: argparse.Namespace, folder: Path) -> None:

@@ -7,13 +7,11 @@ import sys
 import time
 from pathlib import Path
 
+import gpu
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import gpu  # noqa: E402
+from tests.benchmark_scripts import BENCHMARKS, refusal
 
 
 def test_the_limits_leave_ten_minutes_unfilled():
@@ -85,3 +83,13 @@ def test_without_a_gpu_one_line_says_what_to_run(tmp_path):
     assert (
         process.stderr.splitlines()[-1] == "gpu.py: torch finds no GPU; run `make bench` for the CPU presets"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"])
+def test_a_gpu_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, capsys, script):
+    arguments = [f"--root={tmp_path}"] if script in ("data_pipeline", "training_step", "accuracy") else []
+    line = refusal(
+        f"{script}.py", ["--device=cuda", f"--json={tmp_path}/result.json", *arguments], monkeypatch, capsys
+    )
+    assert line == f"{script}.py: --device is cuda but torch finds no GPU; use --device cpu"

@@ -2,89 +2,90 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+import scale_model
+
+from tests.benchmark_scripts import refusal
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPT = BENCHMARKS / "scale.py"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 
 
-@pytest.fixture(scope="module")
-def model():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        import scale_model
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return scale_model
-
-
-def test_ring_of_two_by_hand(model):
-    link = model.Link(latency_s=1e-3, bytes_per_s=1e6)
+def test_ring_of_two_by_hand():
+    link = scale_model.Link(latency_s=1e-3, bytes_per_s=1e6)
     # Two exchange halves of 1,000 bytes, add, and exchange the sums: two messages of 500 bytes.
-    assert model.ring_seconds(model.REDUCE, 1000, 2, link) == pytest.approx(2 * (1e-3 + 500e-6))
+    assert scale_model.ring_seconds(scale_model.REDUCE, 1000, 2, link) == pytest.approx(2 * (1e-3 + 500e-6))
     # Each sends its 1,000 bytes to the other.
-    assert model.ring_seconds(model.GATHER, 1000, 2, link) == pytest.approx(1e-3 + 1000e-6)
-    assert model.ring_seconds(model.GATHER, 1000, 4, link) == pytest.approx(3 * (1e-3 + 1000e-6))
+    assert scale_model.ring_seconds(scale_model.GATHER, 1000, 2, link) == pytest.approx(1e-3 + 1000e-6)
+    assert scale_model.ring_seconds(scale_model.GATHER, 1000, 4, link) == pytest.approx(3 * (1e-3 + 1000e-6))
     assert (
-        model.ring_seconds(model.REDUCE, 1000, 1, link) == model.ring_seconds(model.GATHER, 9, 1, link) == 0
+        scale_model.ring_seconds(scale_model.REDUCE, 1000, 1, link)
+        == scale_model.ring_seconds(scale_model.GATHER, 9, 1, link)
+        == 0
     )
 
 
 @pytest.mark.parametrize("kind", ["all_reduce", "all_gather"])
-def test_fit_finds_the_link_that_made_the_times(model, kind):
-    link = model.Link(latency_s=20e-6, bytes_per_s=3e9)
+def test_fit_finds_the_link_that_made_the_times(kind):
+    link = scale_model.Link(latency_s=20e-6, bytes_per_s=3e9)
     sizes = [4, 4096, 2**20, 2**24]
-    points = [model.Point(s, n, model.ring_seconds(kind, s, n, link)) for n in (2, 4) for s in sizes]
-    assert model.fit_link(kind, points) == pytest.approx(link)
+    points = [
+        scale_model.Point(s, n, scale_model.ring_seconds(kind, s, n, link)) for n in (2, 4) for s in sizes
+    ]
+    assert scale_model.fit_link(kind, points) == pytest.approx(link)
 
 
-def test_fit_is_never_negative(model):
-    faster_when_larger = [model.Point(4, 2, 2e-3), model.Point(2**20, 2, 1e-3)]
-    link = model.fit_link(model.REDUCE, faster_when_larger)
+def test_fit_is_never_negative():
+    faster_when_larger = [scale_model.Point(4, 2, 2e-3), scale_model.Point(2**20, 2, 1e-3)]
+    link = scale_model.fit_link(scale_model.REDUCE, faster_when_larger)
     assert link.latency_s > 0
     assert link.bytes_per_s > 0
 
 
-def test_nested_rings_by_hand(model):
-    cluster = model.GpuCluster()
+def test_nested_rings_by_hand():
+    cluster = scale_model.GpuCluster()
     inside, between, size = cluster.inside, cluster.between, 46e6
-    node = model.ring_seconds(model.REDUCE, size, 8, inside)
-    assert cluster.seconds(model.REDUCE, size, 8) == pytest.approx(node)
-    assert cluster.seconds(model.REDUCE, size, 4) == model.ring_seconds(model.REDUCE, size, 4, inside)
+    node = scale_model.ring_seconds(scale_model.REDUCE, size, 8, inside)
+    assert cluster.seconds(scale_model.REDUCE, size, 8) == pytest.approx(node)
+    assert cluster.seconds(scale_model.REDUCE, size, 4) == scale_model.ring_seconds(
+        scale_model.REDUCE, size, 4, inside
+    )
     # Two nodes: each GPU exchanges its eighth with its peer, half of that at a time.
     exchange = 2 * (between.latency_s + size / 16 / between.bytes_per_s)
-    assert cluster.seconds(model.REDUCE, size, 16) == pytest.approx(node + exchange)
+    assert cluster.seconds(scale_model.REDUCE, size, 16) == pytest.approx(node + exchange)
     gather = between.latency_s + 1e6 / between.bytes_per_s + 7 * (inside.latency_s + 2e6 / inside.bytes_per_s)
-    assert cluster.seconds(model.GATHER, 1e6, 16) == pytest.approx(gather)
+    assert cluster.seconds(scale_model.GATHER, 1e6, 16) == pytest.approx(gather)
 
 
-def test_what_a_step_sends(model):
-    dense = model.step_collectives(256, 512, 1000, "dense", 2, 11_000_000)
+def test_what_a_step_sends():
+    dense = scale_model.step_collectives(256, 512, 1000, "dense", 2, 11_000_000)
     by_name = {one.what: one.bytes for one in dense}
     assert by_name["teacher rows"] == 256 * (512 * 2 + 1000 * 2 + 1)
     assert by_name["gradients"] == 44_000_000
-    ids = model.step_collectives(256, 512, 1000, "ids", 2, 11_000_000)
+    ids = scale_model.step_collectives(256, 512, 1000, "ids", 2, 11_000_000)
     assert {one.what: one.bytes for one in ids}["teacher rows"] == 256 * (512 * 2 + 8 + 1)
 
 
-def test_efficiency_is_1_alone_and_falls_with_every_node(model):
-    cluster, sent = model.GpuCluster(), model.step_collectives(256, 512, 1000, "dense", 2, 11_000_000)
+def test_efficiency_is_1_alone_and_falls_with_every_node():
+    cluster, sent = (
+        scale_model.GpuCluster(),
+        scale_model.step_collectives(256, 512, 1000, "dense", 2, 11_000_000),
+    )
 
     def pieces(world, hidden):
-        return model.predict(
+        return scale_model.predict(
             0.03, sent if world > 1 else [], partial(cluster.seconds, world=world), hidden_under_s=hidden
         )
 
     worlds = [2**power for power in range(11)]
-    rows = model.curve("plain", 256, worlds, partial(pieces, hidden=0.0))
-    overlapped = model.curve("overlapped", 256, worlds, partial(pieces, hidden=0.01))
+    rows = scale_model.curve("plain", 256, worlds, partial(pieces, hidden=0.0))
+    overlapped = scale_model.curve("overlapped", 256, worlds, partial(pieces, hidden=0.01))
     efficiency = [row["efficiency"] for row in rows]
     assert efficiency[0] == 1
     assert efficiency == sorted(efficiency, reverse=True)
@@ -93,12 +94,12 @@ def test_efficiency_is_1_alone_and_falls_with_every_node(model):
     assert all(sum(row["pieces_s"].values()) == pytest.approx(row["step_s"]) for row in rows)
 
 
-def test_a_slow_loader_is_waited_for_only_as_long_as_the_step_is_shorter(model):
-    assert model.predict(0.03, [], None, data_s=0.05)["data"] == pytest.approx(0.02)
-    assert model.predict(0.03, [], None, data_s=0.01)["data"] == 0
+def test_a_slow_loader_is_waited_for_only_as_long_as_the_step_is_shorter():
+    assert scale_model.predict(0.03, [], None, data_s=0.05)["data"] == pytest.approx(0.02)
+    assert scale_model.predict(0.03, [], None, data_s=0.01)["data"] == 0
 
 
-def test_a_measured_step_of_the_same_networks_stands_for_the_assumed_one(model, tmp_path, monkeypatch):
+def test_a_measured_step_of_the_same_networks_stands_for_the_assumed_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import scale_curves
 
@@ -186,12 +187,6 @@ def test_the_curves_reach_1024_and_say_what_they_assume(finished):
 )
 def test_ends_with_one_line_where_it_cannot_measure(tmp_path, monkeypatch, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--device=cpu", "--json=result.json", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert ended.value.code == 2
-    message = capsys.readouterr().err
-    assert reason in message
-    assert len(message.splitlines()) == 1
+    usual = ["--device=cpu", "--json=result.json"]
+    assert reason in refusal("scale.py", [*usual, *arguments], monkeypatch, capsys)
     assert not (tmp_path / "result.json").exists()

@@ -1,6 +1,7 @@
 """Each way of computing faster trains alike: equal losses from equal weights on equal batches."""
 
 import itertools
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -48,6 +49,12 @@ def assert_same_training(losses, truth):
     torch.testing.assert_close(losses[3:], truth[3:], rtol=5e-3, atol=1e-5)
 
 
+def test_half_precision(losses_of):
+    plain, half = losses_of(), losses_of(train={"precision": "bf16", "epochs": 1})
+    assert not torch.equal(plain, half)
+    torch.testing.assert_close(half, plain, rtol=3e-2, atol=1e-3)
+
+
 def test_a_teacher_in_half_precision(losses_of):
     plain, half = losses_of(), losses_of(teacher={"precision": "bf16"})
     assert not torch.equal(plain, half)  # it did compute otherwise
@@ -87,8 +94,6 @@ def test_compiled_networks(losses_of, name):
 
 
 def test_the_phases_of_a_step_are_entered_in_order(small_config, teacher_run, tmp_path):
-    from contextlib import contextmanager
-
     entered = []
 
     @contextmanager

@@ -144,6 +144,7 @@ def test_engine_step_is_plain_torch_s(zero_stage, clip):
 @pytest.mark.parametrize("wanted", [True, False])
 def test_cudnn_tries_its_convolutions_unless_told_not_to(small_config, tmp_path, wanted):
     before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = not wanted
     try:
         set_up(small_config(tmp_path / "run", train={"cudnn_benchmark": wanted}), start_cluster("cpu"))
         assert torch.backends.cudnn.benchmark is wanted

@@ -1,0 +1,53 @@
+"""What the benchmarks' command lines have in common."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from kdav_fast.errors import InputError
+
+RESULT_FOLDER = Path(__file__).resolve().parent / "results"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """An argument's type: a number of that kind above 0."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    read.__name__ = f"{kind.__name__} above 0"  # argparse names it in its message
+    return read
+
+
+def default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(name: str) -> torch.device:
+    """The device; raises InputError if it is not here."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device is cuda but torch finds no GPU; use --device cpu")
+    return torch.device(name)
+
+
+def result_files(options: argparse.Namespace, benchmark: str) -> tuple[Path, Path]:
+    """Where the result and its picture go; raises InputError if a folder is missing, before anything is measured."""
+    path = options.json or RESULT_FOLDER / f"{benchmark}_{options.device}.json"
+    picture = options.plot or path.with_suffix(".png")
+    for target in (path, picture):
+        if not target.parent.is_dir():
+            raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
+    return path, picture
