@@ -10,10 +10,11 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
@@ -61,6 +62,8 @@ class Liveness:
         # Only this thread talks to the store: a host that is frozen never answers, and nobody may wait for it.
         self._thread = threading.Thread(target=self._keep_beating, name="liveness", daemon=True)
         self._thread.start()
+        self._gave_up = False
+        atexit.register(self._end_if_given_up)  # run after `close`: the last registered is the first
         atexit.register(self.close)
 
     @contextmanager
@@ -68,7 +71,8 @@ class Liveness:
         """Around all that the processes do together; at its end, this process has left the run.
 
         A `RuntimeError`, such as that of a failed collective, becomes `RankLostError` if another process is to blame;
-        any other exception passes at once. Either way the other ranks get to know the cause.
+        any other exception passes at once. Either way the other ranks get to know the cause. After `RankLostError`,
+        the process ends with code 1, whatever it does until then.
         """
         try:
             yield
@@ -79,6 +83,7 @@ class Liveness:
                 self._leave(own)
                 raise
             self._leave(cause)
+            self._gave_up = True
             raise RankLostError(
                 f"{cause}; look into its output, then start the same command again: "
                 "it continues from the last checkpoint"
@@ -121,6 +126,17 @@ class Liveness:
         self._leave()
         if self._thread is not None:
             self._thread.join(self._patience)
+
+    def _end_if_given_up(self) -> None:
+        """End the process with code 1, without torch's farewell.
+
+        It waits for all that the lost process still owes, such as its part of a vote: up to the group's half hour.
+        """
+        if self._gave_up:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # closed, or its reader is gone
+                    stream.flush()
+            os._exit(1)
 
     def _meet(self, group: dist.ProcessGroup | None) -> None:
         """Open the store and exchange names: after rank 0's death the others could not ask for its name.
