@@ -12,12 +12,21 @@ from tests.train import processes
 
 @pytest.fixture
 def endless_run(small_config, teacher_run, tmp_path):
-    """Two processes in the middle of a run that would take hours."""
+    """Two processes in the middle of a run that would take hours: in a step, since a freeze while saving is waited for
+    longer. Checkpoints are written at steps 16 and 32, and the run is handed out soon after step 20.
+    """
     config = small_config(
         tmp_path / "run",
         teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
         distiller={"name": "kdav", "memory_length": 100},
-        train={"epochs": 10000, "log_every": 1, "evaluate_every": 0, "comm_timeout": 10.0, "zero_stage": 2},
+        train={
+            "epochs": 10000,
+            "log_every": 1,
+            "evaluate_every": 0,
+            "save_every": 2,
+            "comm_timeout": 10.0,
+            "zero_stage": 2,
+        },
     )
     file = tmp_path / "run.yaml"
     file.write_text(dump_config(config))
