@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,7 @@ class CheckpointFolders:
     def newest_intact(self) -> tuple[Path, dict[str, Any]] | None:
         """The newest checkpoint whose files are those of its manifest, and the manifest; None if there is none at all.
 
-        Says which ones are damaged, and how.
+        Says which ones are damaged, and how; lets `latest` name the one found.
 
         Raises:
             InputError: there are checkpoints, but all are damaged.
@@ -133,6 +134,7 @@ class CheckpointFolders:
                 self._damaged = folders[:damaged]
                 if damaged:
                     self._cluster.say(f"using {folder} instead")
+                self._cluster.on_first(lambda found=folder: self._mend_pointer(found))
                 return folder, manifest
             self._cluster.say(f"checkpoint {folder} is damaged: {'; '.join(problems)}")
         if folders:
@@ -156,10 +158,20 @@ class CheckpointFolders:
     def _name(self, step: int, temporary: Path) -> None:
         folder = self._root / f"step-{step:08d}"
         temporary.rename(folder)
+        self._point_to(folder)
+
+    def _point_to(self, folder: Path) -> None:
         pointer = self._root / (LATEST + _TEMPORARY)
         _flushed(pointer, f"{folder.name}\n".encode())
         pointer.replace(self._root / LATEST)
         _flush_folder(self._root)
+
+    def _mend_pointer(self, folder: Path) -> None:
+        """A crash just before the pointer's turn leaves it one behind: of a finished run no save would put it right."""
+        pointer = self._root / LATEST
+        with suppress(OSError):  # the run itself does not need it, and may only be allowed to read
+            if not pointer.is_file() or pointer.read_bytes() != f"{folder.name}\n".encode():
+                self._point_to(folder)
 
     def _drop_old(self) -> None:
         folders = sorted(_named(self._root), key=step_of)
