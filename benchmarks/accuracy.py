@@ -6,6 +6,9 @@ FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg, such as CIFAR-10's. Without
 package, on all of them (`launch/cifar10_teacher.yaml`). Images are mirrored at random and not augmented further, so the
 teacher answers to each image and its mirror image once, for all students. Students are trained side by side on a CPU,
 one core each, and one after another on a GPU. What is finished is kept in --work: the same command goes on from there.
+
+Settings are chosen with --holdout COUNT: students are evaluated on training images that none of them is trained on, and
+the evaluation images stay unseen.
 """
 
 import argparse
@@ -95,7 +98,7 @@ class Log:
 def train_all(listed: list[Task], file: Path, config: Config, options: argparse.Namespace) -> list[dict]:
     """Results of all students that the time allows, those of an earlier attempt included."""
     preset, device = options.settings, options.device
-    same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0))
+    same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0, lr=0))  # lr is a task's
     log = Log(
         options.work / "students.jsonl", [file.name, config.model.model_dump(mode="json"), same, device]
     )
@@ -148,7 +151,8 @@ def summarize(results: list[dict]) -> list[dict]:
         rows.append(
             {
                 "method": method,
-                "settings": runs[0]["task"]["distiller"],
+                "settings": {key: runs[0]["task"][key] for key in ("init", "lr")}
+                | runs[0]["task"]["distiller"],
                 "seeds": [one["task"]["seed"] for one in runs],
                 "top1": values,
                 "mean_top1": statistics.mean(values),
@@ -165,8 +169,10 @@ def targets(rows: list[dict]) -> list[dict]:
     mean = {row["method"]: row["mean_top1"] for row in rows}
     least = {"labels only": 0.0, "KD": 2.0, "SimKD": 0.0}
     found = []
-    for method in ("KDAV", "KDAV, kappa 20"):
-        for rival, points in least.items():
+    for setup in ("", " (He)", " (He, lr 0.3)"):
+        method = f"KDAV{setup}"
+        for name, points in least.items():
+            rival = f"{name}{setup}"
             measured = mean[method] - mean[rival] if {method, rival} <= mean.keys() else None
             found.append(
                 {
@@ -236,7 +242,14 @@ def make_parser() -> Parser:
     add("--methods", nargs="+", choices=(*MAIN, *VARIANTS), metavar="NAME", help="only these (default: all)")
     for name in ("epochs", "seeds", "variant-seeds", "train-subset"):
         add(f"--{name}", type=count, help="instead of the preset's")
-    add("--minutes", type=number, help="instead of the preset's")
+    add(
+        "--holdout",
+        type=count,
+        metavar="COUNT",
+        help="evaluate on so many training images that are not trained on",
+    )
+    for name in ("lr", "minutes"):
+        add(f"--{name}", type=number, help="instead of the preset's")
     add("--eager", action="store_true", help="without torch.compile")
     add("--workers", type=count, help="students trained side by side (default: one a core; 1 on a GPU)")
     add("--threads", type=count, default=1, help="of each student on a CPU (%(default)s)")
@@ -256,7 +269,7 @@ def make_parser() -> Parser:
 def chosen_preset(options: argparse.Namespace) -> Preset:
     """The preset with what the command line changes of it."""
     preset = PRESETS[options.preset or ("full" if options.device == "cuda" else "cpu")]
-    names = ("epochs", "seeds", "variant_seeds", "minutes", "train_subset")
+    names = ("epochs", "seeds", "variant_seeds", "minutes", "train_subset", "lr")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     return replace(preset, compiled=preset.compiled and not options.eager, **given)
 
@@ -264,12 +277,12 @@ def chosen_preset(options: argparse.Namespace) -> Preset:
 def compare(options: argparse.Namespace) -> None:
     """Raises InputError for what the user can mend."""
     device = check_device(options.device)
-    path, picture = result_files(options, "accuracy")
+    path, picture = result_files(options, "accuracy_holdout" if options.holdout else "accuracy")
     options.settings = chosen_preset(options)
     options.work.mkdir(parents=True, exist_ok=True)
     teacher = options.teacher or train_teacher(options)
     config = student_config(options, options.settings, teacher)
-    file = accuracy_data.prepare(config, device, options.work)
+    file = accuracy_data.prepare(config, device, options.work, options.holdout)
     teacher_top1 = accuracy_data.load(file, torch.device("cpu")).teacher_top1
     print(f"the teacher has {teacher_top1:.2f} %", flush=True)
     rows = summarize(train_all(tasks(options.settings, options.methods), file, config, options))
@@ -279,10 +292,11 @@ def compare(options: argparse.Namespace) -> None:
     record = {
         "environment": environment,
         "preset": asdict(options.settings),
+        "holdout": options.holdout,
         "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
         "teacher_top1": teacher_top1,
         "rows": rows,
-        "targets": targets(rows),
+        "targets": [] if options.holdout else targets(rows),
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
     plot(rows, environment, picture)

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from kdav_fast.config import Config
 from kdav_fast.data import build_loaders, open_images
+from kdav_fast.data.image_set import ImageSet, take_subset
+from kdav_fast.errors import InputError
 from kdav_fast.models import Normalization, renormalization
 from kdav_fast.outputs import Outputs
 from kdav_fast.student_file import find_student_file
@@ -68,13 +70,21 @@ class StudyData:
         return pixels.float().div(255).sub(self.mean).div(self.std).permute(0, 3, 1, 2)
 
 
-def prepare(config: Config, device: torch.device, folder: Path) -> Path:
+def prepare(config: Config, device: torch.device, folder: Path, holdout: int | None = None) -> Path:
     """Decode the images and ask the teacher, once; the file of it in `folder`, named by its content.
+
+    Args:
+        config: the images and the teacher.
+        device: where the teacher answers.
+        folder: of the file.
+        holdout: so many training images outside `data.train_subset` take the place of the evaluation images.
 
     Raises:
         InputError: images or the teacher's weights cannot be used.
     """
     images = open_images(config.data, config.train.seed)
+    if holdout is not None:
+        images = images._replace(evaluation=_held_out(config, holdout))
     network, known = build_network(config.teacher, images.train.classes, "teacher")
     weights = find_student_file(config.teacher.checkpoint)
     identity = f"{images.train.digest} {images.evaluation.digest} {config.data.model_dump(exclude={'root'})} "
@@ -119,6 +129,18 @@ def prepare(config: Config, device: torch.device, folder: Path) -> Path:
     save_file({name: tensor.cpu().contiguous() for name, tensor in data.items()}, partial)
     partial.replace(file)
     return file
+
+
+def _held_out(config: Config, count: int) -> ImageSet:
+    every = open_images(config.data.model_copy(update={"train_subset": None}), config.train.seed).train
+    used = config.data.train_subset
+    left = 0 if used is None else len(every) - used
+    if count > left:
+        raise InputError(
+            f"--holdout is {count} but only {left} of the {len(every)} training images are not trained on; lower it "
+            "or --train-subset"
+        )
+    return take_subset(every, count, config.train.seed, after=used)
 
 
 def load(file: Path, device: torch.device) -> StudyData:

@@ -53,7 +53,7 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
         minutes, top-1.
     """
     torch.manual_seed(task.seed)
-    network = build_classifier(model.name, data.classes, width=model.width)
+    network = build_classifier(model.name, data.classes, width=model.width, init=task.init)
     distiller = build_distiller(
         TypeAdapter(DistillerConfig).validate_python(task.distiller),
         student_width=network.feature_width,
@@ -67,12 +67,12 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     measure_teacher(distiller, data)
     epoch_steps = len(data.labels) // preset.batch_size
     steps = preset.epochs * epoch_steps
-    optimizer = build_optimizer(OptimizerConfig(lr=preset.lr, weight_decay=preset.weight_decay), student)
+    optimizer = build_optimizer(OptimizerConfig(lr=task.lr, weight_decay=preset.weight_decay), student)
     factor = lr_factor(ScheduleConfig(name="one_cycle"), steps, epoch_steps)
     clock, curve = _Clock(device), []
     for step, (images, teacher, target) in enumerate(batches(data, preset.batch_size, steps, task.seed)):
         for group in optimizer.param_groups:
-            group["lr"] = preset.lr * factor(step)
+            group["lr"] = task.lr * factor(step)
         loss = distiller(student(images), teacher, target).total
         loss.backward()
         optimizer.step()

@@ -79,7 +79,9 @@ def build_network(
     section: ModelConfig, classes: list[str], otherwise: tuple
 ) -> tuple[ImageClassifier, tuple]:
     """A network with its weights, and the mean and std of the pixels they expect; `otherwise` if nothing says so."""
-    network = build_classifier(section.name, len(classes), width=section.width, pretrained=section.pretrained)
+    network = build_classifier(
+        section.name, len(classes), width=section.width, pretrained=section.pretrained, init=section.init
+    )
     expected = network.normalization
     if section.checkpoint is not None:
         path = section.checkpoint

@@ -97,18 +97,23 @@ def _training_step(data: dict) -> list[Table]:
 
 
 def _accuracy(data: dict) -> list[Table]:
-    rows = []
+    rows, every_setting = [], []
     for row in data["rows"]:
         settings, seeds = row["settings"], row["seeds"]
         if isinstance(settings, dict):
             settings = ", ".join(f"{key} {value}" for key, value in settings.items())
+        every_setting.append([row["method"], str(settings)])
         count = len(seeds) if isinstance(seeds, list) else seeds
         top1 = [f"{row['mean_top1']:.2f}", number(row["std_top1"]), number(row["minutes"])]
-        rows.append([row["method"], str(settings), number(count), *top1])
+        rows.append([row["method"], number(count), *top1])
+    head = ["method", "seeds", "top-1 %", "deviation", "minutes"]
+    named = Table("Settings of the methods", ["method", "settings"], every_setting, short=False)
+    if data.get("holdout"):
+        title = f"Accuracy on {data['holdout']:,} training images held out, by which settings are chosen"
+        return [Table(title, head, rows, short=False), named]
     if data.get("teacher_top1") is not None:
-        rows.append(["the teacher", "", "", f"{data['teacher_top1']:.2f}", "", ""])
-    head = ["method", "settings", "seeds", "top-1 %", "deviation", "minutes"]
-    return [Table("Accuracy", head, rows)]
+        rows.append(["the teacher", "", f"{data['teacher_top1']:.2f}", "", ""])
+    return [Table("Accuracy", head, rows), named]
 
 
 def _scale(data: dict) -> list[Table]:

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 import accuracy
+import accuracy_data
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,7 @@ from accuracy_run import batches
 from PIL import Image
 from safetensors.torch import save_file
 
+from kdav_fast.errors import InputError
 from kdav_fast.models import build_classifier
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -74,6 +76,10 @@ def test_the_first_seeds_of_all_methods_come_first():
     assert [task.method for task in listed[: len(MAIN)]] == list(MAIN)
     assert [task.seed for task in listed[: 3 * len(MAIN)]] == [seed for seed in range(3) for _ in MAIN]
     assert {task.method for task in listed} == {*MAIN, *VARIANTS}
+    assert {task.lr for task in listed if "lr 0.3" in task.method} == {0.3}
+    assert {task.lr for task in listed if "lr" not in task.method} == {PRESETS["cpu"].lr}
+    assert {task.init for task in listed if "He" in task.method} == {"published"}
+    assert {task.init for task in listed if "He" not in task.method} == {"torch"}
     assert len({(task.method, task.seed) for task in listed}) == len(listed)
 
 
@@ -81,7 +87,7 @@ def results_of(**top1):
     """What training would give: these accuracies of each method's seeds."""
     return [
         {
-            "task": {"method": method, "seed": seed, "distiller": {}},
+            "task": {"method": method, "seed": seed, "distiller": {}, "init": "torch", "lr": 0.1},
             "top1": value,
             "minutes": 1.0 + seed,
             "curve": [(1, 1.0, value / 2), (2, 2.0, value)],
@@ -118,7 +124,9 @@ def launch(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
 
-def test_a_small_run_is_finished_by_the_same_command(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """140 training images of noise, 8 others, and a teacher that nobody has trained."""
     noise = np.random.default_rng(0)
     for split, count in (("train", 70), ("test", 4)):
         for name in ("cat", "dog"):
@@ -128,19 +136,43 @@ def test_a_small_run_is_finished_by_the_same_command(tmp_path):
                 Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
     weights = build_classifier("cifar:resnet8", 2, width=0.25).stock_state_dict()
     save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "teacher.safetensors")
-    arguments = [f"--root={tmp_path}/images", f"--teacher={tmp_path}/teacher.safetensors", "--workers=1"]
+    return tmp_path
+
+
+def test_held_out_images_are_trained_on_by_nobody(folder):
+    command = [f"--root={folder}/images", "--train-subset=130", "--override", *NETWORKS]
+    options = accuracy.make_parser().parse_args(command)
+    config = accuracy.student_config(options, accuracy.chosen_preset(options), folder / "teacher.safetensors")
+    device = torch.device("cpu")
+    data = accuracy_data.load(accuracy_data.prepare(config, device, folder, holdout=10), device)
+    every = {
+        np.asarray(Image.open(path)).tobytes(): label
+        for label, name in enumerate(("cat", "dog"))
+        for path in (folder / "images" / "train" / name).iterdir()
+    }
+    pixels = torch.cat([data.pixels, data.evaluation_pixels])
+    found = [image.numpy().tobytes() for image in pixels]
+    assert sorted(found) == sorted(every)
+    labels = torch.cat([data.labels, data.evaluation_labels]).tolist()
+    assert [every[image] for image in found] == labels
+    with pytest.raises(InputError, match="--holdout is 11 but only 10 of the 140 training images"):
+        accuracy_data.prepare(config, device, folder, holdout=11)
+
+
+def test_a_small_run_is_finished_by_the_same_command(folder):
+    arguments = [f"--root={folder}/images", f"--teacher={folder}/teacher.safetensors", "--workers=1"]
     arguments += [
-        f"--work={tmp_path}/work",
+        f"--work={folder}/work",
         "--eager",
         "--epochs=4",
         "--train-subset=140",
         "--variant-seeds=1",
     ]
-    arguments += [f"--json={tmp_path}/result.json", "--override", *NETWORKS]
-    methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1)"]
+    arguments += [f"--json={folder}/result.json", "--override", *NETWORKS]
+    methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1) (He, lr 0.3)"]
     first = launch(*arguments, "--seeds=1", *methods)
     assert first.returncode == 0, first.stderr
-    log = tmp_path / "work" / "students.jsonl"
+    log = folder / "work" / "students.jsonl"
     lines = log.read_text().splitlines()
     assert len(lines) == len(MAIN) + 1
 
@@ -148,16 +180,19 @@ def test_a_small_run_is_finished_by_the_same_command(tmp_path):
     assert second.returncode == 0, second.stderr
     assert log.read_text().splitlines()[: len(lines)] == lines
     assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 1
-    record = json.loads((tmp_path / "result.json").read_text())
+    record = json.loads((folder / "result.json").read_text())
     wider = launch(*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD")
     assert wider.returncode == 0, wider.stderr
     assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 2  # another student is not the one of the log
     seeds = {row["method"]: row["seeds"] for row in record["rows"]}
-    assert seeds == {**{method: [0, 1] for method in MAIN}, "KDAV, with labels (weight 0.1)": [0]}
+    assert seeds == {
+        **{method: [0, 1] for method in MAIN},
+        "KDAV, with labels (weight 0.1) (He, lr 0.3)": [0],
+    }
     assert all([len(curve) for curve in row["curves"]] == [4] * len(row["seeds"]) for row in record["rows"])
     assert record["teacher_top1"] in [100 * n / 8 for n in range(9)]
-    assert str(tmp_path) not in json.dumps(record)
-    assert (tmp_path / "result.png").stat().st_size > 0
+    assert str(folder) not in json.dumps(record)
+    assert (folder / "result.png").stat().st_size > 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def teacher(digits, tmp_path_factory):
 
 
 CASES = {
-    "none": ["train.label_smoothing=0.1", "schedule.warmup_epochs=1"],
+    "none": ["train.label_smoothing=0.1", "schedule.warmup_epochs=1", "model.init=torch"],
     "kd": [
         "distiller.name=kd",
         "optimizer.nesterov=true",

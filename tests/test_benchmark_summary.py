@@ -156,11 +156,21 @@ def test_the_page_has_every_table_and_opens_offline(folder, summarise):
     text = (folder / "report.html").read_text()
     page = Page(text)
     firsts = [table[0][0] for table in page.tables]
-    assert firsts == ["what", "shape", "loader", "contender", "contender", "method", "processes", "processes"]
+    assert firsts == [
+        "what",
+        "shape",
+        "loader",
+        "contender",
+        "contender",
+        "method",
+        "method",
+        "processes",
+        "processes",
+    ]
     loader = page.tables[firsts.index("loader")]
     assert loader[2] == ["dali <b>cpu</b>", "300", "270", "330", "3.00"]
     assert ["kdav_fast", "500", "-"] in page.tables[4]
-    assert ["the teacher", "", "", "86.00", "", ""] in page.tables[firsts.index("method")]
+    assert ["the teacher", "", "86.00", "", ""] in page.tables[firsts.index("method")]
     assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"]
     assert "://" not in text
     assert "b" not in page.tags  # names are text, not markup

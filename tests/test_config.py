@@ -103,6 +103,11 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             ["model.pretrained=true", "model.checkpoint=x"],
             "model: checkpoint and pretrained exclude each other",
         ),
+        (
+            ["model.init=torch", "model.checkpoint=x"],
+            "init 'torch' has no effect on weights from checkpoint or pretrained; drop one of them",
+        ),
+        (["model.init=he"], "'model.init' is 'he'"),
         (["train.epochs=.nan"], "'train.epochs'"),
         (["train.epochs=true"], "'train.epochs' is True"),
         (["train.batch_size=1.5"], "'train.batch_size' is 1.5"),

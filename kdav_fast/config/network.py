@@ -17,6 +17,9 @@ class ModelConfig(Section):
     """Weights: a safetensors or torch file, or the folder of a finished run."""
     pretrained: bool = False
     """Take the library's own weights (downloads them); `timm:` and `torchvision:` only."""
+    init: Literal["published", "torch"] = "published"
+    """How a network without weights starts: as its authors did, or with torch's smaller convolutions, which turn faster
+    at the same learning rate."""
     mean: Triple | None = None
     """Input normalisation the weights expect. Default: as recorded with the weights, else the data's."""
     std: Triple | None = None
@@ -27,6 +30,10 @@ class ModelConfig(Section):
     def _combinations(self) -> Self:
         if self.checkpoint is not None and self.pretrained:
             raise ValueError("checkpoint and pretrained exclude each other; drop one of them")
+        if self.init != "published" and (self.checkpoint is not None or self.pretrained):
+            raise ValueError(
+                f"init '{self.init}' has no effect on weights from checkpoint or pretrained; drop one of them"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("mean and std belong together; give both or neither")
         return self

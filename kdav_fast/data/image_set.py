@@ -92,20 +92,22 @@ class PixelImages(ImageSet):
         return replace(self, pixels=self.pixels[positions], labels=self.labels[positions])
 
 
-def take_subset(images: ImageSet, count: int, seed: int) -> ImageSet:
-    """The first `count` images of a seeded permutation, put back into the order of `images`.
+def take_subset(images: ImageSet, count: int, seed: int, after: int = 0) -> ImageSet:
+    """The first `count` images of a seeded permutation, or those after the first `after`, in the order of `images`.
 
     All classes stay, even one that lost every image; positions count within the subset.
 
     Raises:
         InputError: `images` has fewer than `count`.
     """
-    if count > len(images):
+    if after + count > len(images):
+        beside = f", {after} of them in another subset" if after else ""
         raise InputError(
-            f"data.train_subset is {count} but the {images.split} images in {images.root} are {len(images)}; "
+            f"data.train_subset is {count} but the {images.split} images in {images.root} are {len(images)}{beside}; "
             "lower it"
         )
-    return images.select(np.sort(np.random.default_rng(seed).permutation(len(images))[:count]))
+    chosen = np.random.default_rng(seed).permutation(len(images))[after : after + count]
+    return images.select(np.sort(chosen))
 
 
 def printable(name: str) -> str:

@@ -183,7 +183,9 @@ def build_network(
     config: ModelConfig, classes: tuple[str, ...], section: str
 ) -> tuple[ImageClassifier, Normalization | None]:
     """A network with its weights, and the input normalisation these expect, if anything says so."""
-    network = build_classifier(config.name, len(classes), width=config.width, pretrained=config.pretrained)
+    network = build_classifier(
+        config.name, len(classes), width=config.width, pretrained=config.pretrained, init=config.init
+    )
     known = _configured(config) or network.normalization
     if config.checkpoint is None:
         return network, known

@@ -34,6 +34,16 @@ def test_subset_is_seeded_sorted_and_keeps_its_labels(numbered_split):
     assert take_subset(folder, 12, seed=1).paths == folder.paths
 
 
+def test_two_subsets_one_after_the_other_share_nothing(numbered_split):
+    folder = numbered_split(12)
+    first, second = take_subset(folder, 7, seed=1), take_subset(folder, 5, seed=1, after=7)
+    assert sorted(first.paths + second.paths) == list(folder.paths)
+    with pytest.raises(
+        InputError, match="is 6 but the train images in .* are 12, 7 of them in another subset"
+    ):
+        take_subset(folder, 6, seed=1, after=7)
+
+
 def test_subset_of_pixels_takes_the_same_positions(numbered_split, pixel_images):
     positions = [int(path[-8:-4]) for path in take_subset(numbered_split(12), 5, seed=3).paths]
     images = pixel_images(12)

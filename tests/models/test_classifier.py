@@ -99,6 +99,20 @@ def test_split_network_trains_as_the_stock_network():
         assert torch.equal(tensor, model.stock_state_dict()[name]), name
 
 
+@pytest.mark.parametrize("name", ["cifar:resnet8x4", "cifar:mobilenetv2", "torchvision:resnet18"])
+def test_init_torch_starts_every_convolution_as_torch_does(name):
+    torch.manual_seed(0)
+    network = build_classifier(name, 10, init="torch")
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    assert len(convolutions) > 8
+    for module in convolutions:
+        fan_in = module.weight[0].numel()  # of one output: inputs of its group times the kernel's area
+        weight = module.weight.detach()
+        assert weight.abs().max() <= fan_in**-0.5
+        if weight.numel() >= 1000:
+            assert weight.std() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1)
+
+
 def test_building_does_not_touch_running_statistics():
     model = build_classifier("timm:resnet18", 10)
     assert torch.all(model.backbone.bn1.running_mean == 0)
