@@ -25,7 +25,7 @@ from pathlib import Path
 import accuracy_data
 import matplotlib.pyplot as plt
 import torch
-from accuracy_methods import MAIN, PRESETS, VARIANTS, Preset, Task, tasks
+from accuracy_methods import MAIN, PRESETS, RECIPE, VARIANTS, Preset, Task, tasks
 from accuracy_run import run, start_worker
 from command_line import Parser, check_device, default_device, positive, result_files
 from environment import describe
@@ -198,7 +198,7 @@ def print_table(rows: list[dict], teacher_top1: float) -> None:
 
 
 def plot(rows: list[dict], environment: dict, path: Path) -> None:
-    """Accuracy of every method with the deviation over seeds, and that of MAIN against minutes."""
+    """Accuracy of every method with the deviation over seeds, and that of the design's set-up against minutes."""
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.35 * max(8, len(rows))))
     places = range(len(rows))
     bars.barh(
@@ -215,7 +215,7 @@ def plot(rows: list[dict], environment: dict, path: Path) -> None:
     bars.set_xlim(left=max(0, lowest - 3))
     bars.set_xlabel("top-1 (%): mean, deviation, single seeds")
     for row in rows:
-        if row["method"] in MAIN:
+        if row["method"] in RECIPE:
             points = [
                 list(map(statistics.mean, zip(*at, strict=True))) for at in zip(*row["curves"], strict=True)
             ]
