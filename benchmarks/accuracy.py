@@ -187,7 +187,9 @@ def targets(rows: list[dict]) -> list[dict]:
 
 def print_table(rows: list[dict], teacher_top1: float) -> None:
     """One line a method."""
-    table = Table(title=f"top-1 % on images never trained on; the teacher has {teacher_top1:.2f}")
+    table = Table(
+        title=f"top-1 % on images that no student was trained on; the teacher has {teacher_top1:.2f}"
+    )
     for column in ("method", "mean", "deviation", "seeds", "minutes"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for row in rows:
@@ -285,7 +287,8 @@ def compare(options: argparse.Namespace) -> None:
     file = accuracy_data.prepare(config, device, options.work, options.holdout)
     teacher_top1 = accuracy_data.load(file, torch.device("cpu")).teacher_top1
     print(f"the teacher has {teacher_top1:.2f} %", flush=True)
-    rows = summarize(train_all(tasks(options.settings, options.methods), file, config, options))
+    listed = tasks(options.settings, config.model.init, options.methods)
+    rows = summarize(train_all(listed, file, config, options))
     environment = describe(device, PACKAGES)
     if device.type == "cpu":
         environment["threads"] = options.threads  # of each student

@@ -10,8 +10,8 @@ class Method:
 
     distiller: dict[str, Any]
     """The config's distiller section."""
-    init: str = "torch"
-    """The config's `model.init`."""
+    init: str | None = None
+    """Instead of the recipe's `model.init`."""
     lr: float | None = None
     """Instead of the preset's."""
 
@@ -100,12 +100,12 @@ class Task:
     lr: float
 
 
-def tasks(preset: Preset, chosen: list[str] | None = None) -> list[Task]:
-    """The students to train, in the order in which they are begun; `chosen` names methods."""
+def tasks(preset: Preset, init: str, chosen: list[str] | None = None) -> list[Task]:
+    """The students to train, in the order in which they are begun; `init` is the recipe's, `chosen` names methods."""
     seeds = [(MAIN, seed) for seed in range(preset.seeds)]
     seeds += [(VARIANTS, seed) for seed in range(preset.variant_seeds)]
     every = [
-        Task(name, seed, method.distiller, method.init, method.lr or preset.lr)
+        Task(name, seed, method.distiller, method.init or init, method.lr or preset.lr)
         for methods, seed in seeds
         for name, method in methods.items()
     ]

@@ -72,7 +72,7 @@ def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(st
 
 
 def test_the_first_seeds_of_all_methods_come_first():
-    listed = tasks(PRESETS["cpu"])
+    listed = tasks(PRESETS["cpu"], "torch")
     assert [task.method for task in listed[: len(MAIN)]] == list(MAIN)
     assert [task.seed for task in listed[: 3 * len(MAIN)]] == [seed for seed in range(3) for _ in MAIN]
     assert {task.method for task in listed} == {*MAIN, *VARIANTS}
@@ -81,6 +81,7 @@ def test_the_first_seeds_of_all_methods_come_first():
     assert {task.init for task in listed if "He" in task.method} == {"published"}
     assert {task.init for task in listed if "He" not in task.method} == {"torch"}
     assert len({(task.method, task.seed) for task in listed}) == len(listed)
+    assert {task.init for task in tasks(PRESETS["cpu"], "published")} == {"published"}
 
 
 def results_of(**top1):
