@@ -76,6 +76,9 @@ class TrainConfig(Section):
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     cudnn_benchmark: bool = True
     """On a GPU, try cuDNN's convolutions at the first step and keep the fastest; shapes never change in a run."""
+    keep_freed_memory: bool = True
+    """On a CPU with glibc, memory that a step frees stays with the process for the next one and does not go back to
+    the system, unless the environment says otherwise (`MALLOC_*`, `GLIBC_TUNABLES`)."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes instead of each one's own."""
     zero_stage: Literal[0, 1, 2, 3] = 0

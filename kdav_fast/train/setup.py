@@ -20,6 +20,7 @@ from kdav_fast.student import Student
 from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.engine import StudentEngine, micro_batch_size, shard_for_inference
+from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype
@@ -116,6 +117,8 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
             "use distiller.impl=auto"
         )
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
+    if train.keep_freed_memory and device.type == "cpu":
+        keep_freed_memory()
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels) for split in images])
     classes = images.train.classes
