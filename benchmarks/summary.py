@@ -10,20 +10,16 @@ measured. With `--compare`, nothing is written: it prints by how much the median
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from command_line import RESULT_FOLDER, Parser
+from summary_compare import compare
 from summary_pages import html_page, markdown
-from summary_results import RESULTS, Result, read_results
+from summary_results import RESULTS, read_results
 from summary_targets import all_targets
-from timing import NOISE_LIMIT
 
 from kdav_fast.errors import InputError
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-LABELS = ("shape", "pass", "implementation", "loader", "contender", "method", "series", "processes")
-"""Keys that say what a median is of."""
-NOISE_PERCENT = 100 * NOISE_LIMIT
 
 
 def replaced(readme: Path, summary: str) -> str:
@@ -43,62 +39,6 @@ def replaced(readme: Path, summary: str) -> str:
             "summary; add them"
         )
     return f"{text[: begin + len(BEGIN)]}\n{summary.strip()}\n{text[end:]}"
-
-
-def medians(value: Any, label: tuple[str, ...] = ()) -> dict[str, float]:
-    """Every median in a result, by what it is of. Single collectives are left out: a step has many."""
-    if isinstance(value, list):
-        return {key: number for one in value for key, number in medians(one, label).items()}
-    if not isinstance(value, dict):
-        return {}
-    label = (*label, *(str(value[key]) for key in LABELS if key in value))
-    found = {}
-    for key, inner in value.items():
-        if key.startswith("median_") and isinstance(inner, int | float):
-            found[", ".join((*label, key))] = float(inner)
-        elif key in ("rows", "pieces", "alone", "run"):
-            found |= medians(inner, (*label, key) if key in ("alone", "run") else label)
-    return found
-
-
-def compare(new: list[Result], old: list[Result]) -> str:
-    """By how much the medians of two folders differ, and whether this machine repeats them."""
-    lines, changes = [], []
-    earlier = {result.name: result for result in old}
-    for result in new:
-        before = earlier.get(result.name)
-        if before is None:
-            continue
-        differing = [
-            what
-            for what, a, b in (
-                ("device", result.environment.get("device"), before.environment.get("device")),
-                ("settings", result.data.get("settings"), before.data.get("settings")),
-            )
-            if a != b
-        ]
-        if differing:
-            lines.append(f"{result.name}: not compared, other {' and '.join(differing)}")
-            continue
-        values, shared = medians(result.data), medians(before.data)
-        for what in (what for what in values if shared.get(what)):
-            change = 100 * (values[what] / shared[what] - 1)
-            changes.append(abs(change))
-            lines.append(f"{result.name}: {what}: {shared[what]:.4g} -> {values[what]:.4g} ({change:+.1f} %)")
-    if not changes:
-        verdict = "no median is in both folders: nothing to compare"
-    elif max(changes) <= NOISE_PERCENT:
-        verdict = (
-            f"all {len(changes)} medians are within {NOISE_PERCENT:.0f} %: the largest change is "
-            f"{max(changes):.1f} %"
-        )
-    else:
-        beyond = sum(change > NOISE_PERCENT for change in changes)
-        verdict = (
-            f"{beyond} of {len(changes)} medians differ by more than {NOISE_PERCENT:.0f} %, the most by "
-            f"{max(changes):.1f} %: the code changed, or this machine is too noisy"
-        )
-    return "\n".join([*lines, verdict])
 
 
 def run(options: argparse.Namespace) -> None:
