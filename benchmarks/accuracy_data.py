@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdav_fast.config import Config
-from kdav_fast.data import build_loaders, open_images
+from kdav_fast.data import Images, decode_images, open_images
 from kdav_fast.data.image_set import ImageSet, take_subset
-from kdav_fast.errors import InputError
 from kdav_fast.models import Normalization, renormalization
 from kdav_fast.outputs import Outputs
 from kdav_fast.student_file import find_student_file
 from kdav_fast.train.setup import build_network
 from kdav_fast.train.teacher import FrozenTeacher
 
+HELD_OUT = 10_000
+"""At most so many training images that no student is trained on; settings are chosen by them."""
 _BATCH = 256
 
 
@@ -26,11 +27,14 @@ _BATCH = 256
 class StudyData:
     """What every student of the comparison is trained and evaluated on."""
 
-    pixels: Tensor
-    """N x S x S x 3 training images, uint8."""
-    labels: Tensor
+    train_pixels: Tensor
+    """N x S x S x 3, uint8."""
+    train_labels: Tensor
     evaluation_pixels: Tensor
     evaluation_labels: Tensor
+    held_out_pixels: Tensor
+    """Of M training images outside `data.train_subset`; none where that leaves none."""
+    held_out_labels: Tensor
     features: Tensor
     """2 x N x d, of the teacher: of each training image, and of its mirror image."""
     logits: Tensor
@@ -70,59 +74,43 @@ class StudyData:
         return pixels.float().div(255).sub(self.mean).div(self.std).permute(0, 3, 1, 2)
 
 
-def prepare(config: Config, device: torch.device, folder: Path, holdout: int | None = None) -> Path:
+def prepare(config: Config, device: torch.device, folder: Path) -> Path:
     """Decode the images and ask the teacher, once; the file of it in `folder`, named by its content.
 
     Args:
         config: the images and the teacher.
         device: where the teacher answers.
         folder: of the file.
-        holdout: so many training images outside `data.train_subset` take the place of the evaluation images.
 
     Raises:
         InputError: images or the teacher's weights cannot be used.
     """
-    images = open_images(config.data, config.train.seed)
-    if holdout is not None:
-        images = images._replace(evaluation=_held_out(config, holdout))
-    network, known = build_network(config.teacher, images.train.classes, "teacher")
+    every = open_images(config.data.model_copy(update={"train_subset": None}), config.train.seed)
+    images = _split(every, config.data.train_subset, config.train.seed)
+    network, known = build_network(config.teacher, every.train.classes, "teacher")
     weights = find_student_file(config.teacher.checkpoint)
-    identity = f"{images.train.digest} {images.evaluation.digest} {config.data.model_dump(exclude={'root'})} "
+    identity = f"{[split.digest for split in images.values()]} {config.data.model_dump(exclude={'root'})} "
     identity += hashlib.sha256(weights.read_bytes()).hexdigest()
     file = folder / f"data-{hashlib.sha256(identity.encode()).hexdigest()[:16]}.safetensors"
     if file.exists():
         return file
     normalization = Normalization(config.data.mean, config.data.std)
-    loaders = build_loaders(
-        config.data,
-        images,
-        batch_size=_BATCH,
-        eval_batch_size=_BATCH,
-        device=device,
-        rank=0,
-        world=1,
-        local_world=1,
-        seed=config.train.seed,
-        normalization=normalization,
-    )
     network.to(device, memory_format=torch.channels_last)
     renormalize = renormalization(normalization, known or normalization)
     teacher = FrozenTeacher(network, renormalize, device, None)
-    train, evaluation = loaders.train.images, loaders.evaluation.images
+    pixels = {name: decode_images(config.data, split, device).pixels for name, split in images.items()}
     data = {
-        "pixels": train.pixels.cpu(),
-        "labels": torch.from_numpy(train.labels),
-        "evaluation_pixels": evaluation.pixels.cpu(),
-        "evaluation_labels": torch.from_numpy(evaluation.labels),
+        **{f"{name}_pixels": pixels[name] for name in images},
+        **{f"{name}_labels": torch.from_numpy(split.labels) for name, split in images.items()},
         "classifier_weight": network.classifier.weight.detach(),
         "classifier_bias": network.classifier.bias.detach(),
         "mean": torch.tensor(normalization.mean),
         "std": torch.tensor(normalization.std),
     }
-    sides = [_ask(teacher, side, normalization) for side in (train.pixels, train.pixels.flip(2))]
+    sides = [_ask(teacher, side, normalization) for side in (pixels["train"], pixels["train"].flip(2))]
     data["features"] = torch.stack([side.features for side in sides])
     data["logits"] = torch.stack([side.logits for side in sides])
-    guesses = _ask(teacher, evaluation.pixels, normalization).logits.argmax(1)
+    guesses = _ask(teacher, pixels["evaluation"], normalization).logits.argmax(1)
     data["teacher_correct"] = (guesses == data["evaluation_labels"]).sum()
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_suffix(".partial")
@@ -131,16 +119,12 @@ def prepare(config: Config, device: torch.device, folder: Path, holdout: int | N
     return file
 
 
-def _held_out(config: Config, count: int) -> ImageSet:
-    every = open_images(config.data.model_copy(update={"train_subset": None}), config.train.seed).train
-    used = config.data.train_subset
-    left = 0 if used is None else len(every) - used
-    if count > left:
-        raise InputError(
-            f"--holdout is {count} but only {left} of the {len(every)} training images are not trained on; lower it "
-            "or --train-subset"
-        )
-    return take_subset(every, count, config.train.seed, after=used)
+def _split(every: Images, subset: int | None, seed: int) -> dict[str, ImageSet]:
+    """The images to train on, to evaluate on and held out, by name."""
+    train = every.train if subset is None else take_subset(every.train, subset, seed)
+    left = len(every.train) - len(train)
+    held_out = take_subset(every.train, min(left, HELD_OUT), seed, after=len(train))
+    return {"train": train, "evaluation": every.evaluation, "held_out": held_out}
 
 
 def load(file: Path, device: torch.device) -> StudyData:

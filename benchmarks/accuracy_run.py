@@ -18,6 +18,7 @@ from kdav_fast.distillers import Distiller, Target, build_distiller
 from kdav_fast.models import build_classifier
 from kdav_fast.outputs import Outputs
 from kdav_fast.student import Student
+from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.schedule import lr_factor
 
@@ -35,6 +36,8 @@ def start_worker(file: Path, model: ModelConfig, preset: Preset, device: str, th
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
+    else:
+        keep_freed_memory()
     _worker.update(
         data=accuracy_data.load(file, torch.device(device)), model=model, preset=preset, device=device
     )
@@ -49,8 +52,8 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     """One student's accuracy.
 
     Returns:
-        `top1` (percent), `minutes` of training without compilation and evaluation, and `curve`: triples of epoch,
-        minutes, top-1.
+        `top1` (percent), the same of held-out images (None if there are none), `minutes` of training without
+        compilation and evaluation, and `curve`: triples of epoch, minutes, top-1.
     """
     torch.manual_seed(task.seed)
     network = build_classifier(model.name, data.classes, width=model.width, init=task.init)
@@ -65,7 +68,7 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     if preset.compiled:
         network.backbone.compile()
     measure_teacher(distiller, data)
-    epoch_steps = len(data.labels) // preset.batch_size
+    epoch_steps = len(data.train_labels) // preset.batch_size
     steps = preset.epochs * epoch_steps
     optimizer = build_optimizer(OptimizerConfig(lr=task.lr, weight_decay=preset.weight_decay), student)
     factor = lr_factor(ScheduleConfig(name="one_cycle"), steps, epoch_steps)
@@ -82,21 +85,29 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
         if (step + 1) * EVALUATIONS // steps > step * EVALUATIONS // steps:
             minutes = clock.minutes
             with clock.stopped():
-                curve.append(((step + 1) / epoch_steps, minutes, top1(student, data)))
-    return {"top1": curve[-1][2], "minutes": clock.minutes, "curve": curve, "loss": loss.item()}
+                accuracy = top1(student, data, data.evaluation_pixels, data.evaluation_labels)
+                curve.append(((step + 1) / epoch_steps, minutes, accuracy))
+    held_out = top1(student, data, data.held_out_pixels, data.held_out_labels)
+    return {
+        "top1": accuracy,
+        "held_out_top1": held_out,
+        "minutes": minutes,
+        "curve": curve,
+        "loss": loss.item(),
+    }
 
 
 def measure_teacher(distiller: Distiller, data: StudyData) -> None:
     """What the distiller wants to know of the training images before training."""
     if distiller.needs_measuring:
-        target = Target(data.labels, torch.ones_like(data.labels, dtype=torch.bool))
+        target = Target(data.train_labels, torch.ones_like(data.train_labels, dtype=torch.bool))
         distiller.measure(Outputs(data.features[0], data.logits[0]), target)
         distiller.finish_measuring()
 
 
 def batches(data: StudyData, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Outputs, Target]]:
     """Batches of whole ones only, each epoch in another order, each image mirrored by a coin's flip."""
-    device, count = data.labels.device, len(data.labels)
+    device, count = data.train_labels.device, len(data.train_labels)
     chance = torch.Generator().manual_seed(seed)
     valid = torch.ones(size, dtype=torch.bool, device=device)
     order = torch.empty(0, dtype=torch.int64)
@@ -106,23 +117,23 @@ def batches(data: StudyData, size: int, steps: int, seed: int) -> Iterator[tuple
             mirror = (torch.rand(count, generator=chance) < 0.5).to(device)
         index, order = order[:size], order[size:]
         mirrored = mirror[index]
-        pixels = data.pixels[index]
+        pixels = data.train_pixels[index]
         pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-        yield data.normalize(pixels), data.answers(index, mirrored), Target(data.labels[index], valid)
+        yield data.normalize(pixels), data.answers(index, mirrored), Target(data.train_labels[index], valid)
 
 
 @torch.no_grad()
 @torch.compiler.set_stance("force_eager")  # another batch size would be compiled for anew
-def top1(student: Student, data: StudyData, size: int = 500) -> float:
-    """Percent of the evaluation images that the student classifies right."""
+def top1(student: Student, data: StudyData, pixels: Tensor, labels: Tensor, size: int = 500) -> float | None:
+    """Percent of these images of `data` that the student classifies right; None if there are none."""
+    if len(labels) == 0:
+        return None
     student.eval()
     correct = 0
-    for pixels, labels in zip(
-        data.evaluation_pixels.split(size), data.evaluation_labels.split(size), strict=True
-    ):
-        correct += (student(data.normalize(pixels)).logits.argmax(1) == labels).sum()
+    for part, truth in zip(pixels.split(size), labels.split(size), strict=True):
+        correct += (student(data.normalize(part)).logits.argmax(1) == truth).sum()
     student.train()
-    return 100 * int(correct) / len(data.evaluation_labels)
+    return 100 * int(correct) / len(labels)
 
 
 class _Clock:

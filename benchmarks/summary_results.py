@@ -104,15 +104,12 @@ def _accuracy(data: dict) -> list[Table]:
             settings = ", ".join(f"{key} {value}" for key, value in settings.items())
         every_setting.append([row["method"], str(settings)])
         count = len(seeds) if isinstance(seeds, list) else seeds
-        top1 = [f"{row['mean_top1']:.2f}", number(row["std_top1"]), number(row["minutes"])]
+        held_out = "-" if row["held_out_top1"] is None else f"{row['held_out_top1']:.2f}"
+        top1 = [f"{row['mean_top1']:.2f}", number(row["std_top1"]), held_out, number(row["minutes"])]
         rows.append([row["method"], number(count), *top1])
-    head = ["method", "seeds", "top-1 %", "deviation", "minutes"]
+    head = ["method", "seeds", "top-1 %", "deviation", "held-out top-1 %", "minutes"]
+    rows.append(["the teacher", "", f"{data['teacher_top1']:.2f}", "", "", ""])
     named = Table("Settings of the methods", ["method", "settings"], every_setting, short=False)
-    if data.get("holdout"):
-        title = f"Accuracy on {data['holdout']:,} training images held out, by which settings are chosen"
-        return [Table(title, head, rows, short=False), named]
-    if data.get("teacher_top1") is not None:
-        rows.append(["the teacher", "", f"{data['teacher_top1']:.2f}", "", ""])
     return [Table("Accuracy", head, rows), named]
 
 

@@ -1,6 +1,7 @@
 """The summary shows every result, calls nothing met that was not measured, and repeats itself."""
 
 import json
+import re
 import runpy
 import sys
 from html.parser import HTMLParser
@@ -85,7 +86,8 @@ def folder(tmp_path):
     write(tmp_path, "training_step_cpu", step)
     methods = [
         {"method": m, "settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
-        for m in ("kd", "kdav")
+        | {"held_out_top1": held_out}
+        for m, held_out in (("kd", None), ("kdav", 71.5))
     ]
     met = {"name": "KDAV over KD", "target": ">= 2.0", "measured": 2.5, "met": True}
     write(tmp_path, "accuracy_cpu", {"rows": methods, "targets": [met], "teacher_top1": 86.0})
@@ -170,7 +172,9 @@ def test_the_page_has_every_table_and_opens_offline(folder, summarise):
     loader = page.tables[firsts.index("loader")]
     assert loader[2] == ["dali <b>cpu</b>", "300", "270", "330", "3.00"]
     assert ["kdav_fast", "500", "-"] in page.tables[4]
-    assert ["the teacher", "", "86.00", "", ""] in page.tables[firsts.index("method")]
+    accuracies = page.tables[firsts.index("method")]
+    assert [row[4] for row in accuracies] == ["held-out top-1 %", "-", "71.50", ""]
+    assert ["the teacher", "", "86.00", "", "", ""] in accuracies
     assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"]
     assert "://" not in text
     assert "b" not in page.tags  # names are text, not markup
@@ -318,6 +322,28 @@ def test_compare_says_whether_the_machine_repeats_itself(folder, summarise, tmp_
     assert f"({100 * (ratio / 3 - 1):+.1f} %)" in printed
     assert verdict in printed.splitlines()[-1]
     assert not (folder / "report.html").exists()
+
+
+def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
+    """Times twice as long and rates half as high, but one rate a quarter."""
+    old = tmp_path_factory.mktemp("old")
+    for path in folder.glob("*.json"):
+        (old / path.name).write_bytes(path.read_bytes())
+    write(folder, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 1.2})})
+    write(old, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 0.6})})
+    rates = {"reference": (50.0, 25.0), "kdav_fast": (100.0, 50.0), "kdav_fast synthetic": (200.0, 50.0)}
+    for place, target in enumerate((old, folder)):
+        rows = [{"contender": name, **spread(r[place], "images_per_s")} for name, r in rates.items()]
+        write(target, "training_step_cpu", {"rows": rows, "breakdown_s": {}, "noise": 0.01})
+    _, printed, _ = summarise("--compare", str(old))
+    assert "loss_kernel_cpu.json: as a whole -50.0 % in speed" in printed
+    assert "training_step_cpu.json: as a whole -50.0 % in speed" in printed
+    assert "data_pipeline_cpu.json: as a whole +0.0 % in speed" in printed
+    aside, verdict = printed.splitlines()[-2:]
+    assert re.fullmatch(
+        r"that taken out, 1 of \d+ medians differ by more than 10 %, the most by 50.0 %", aside
+    )
+    assert re.match(r"\d+ of \d+ medians differ by more than 10 %, the most by 1\d\d\.\d %", verdict)
 
 
 def test_results_with_other_settings_are_not_compared(folder, summarise, tmp_path_factory):

@@ -15,12 +15,13 @@ from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.preprocessing import (
     Normalization,
     Preprocessing,
+    evaluation_pixels,
     evaluation_preprocessing,
     pixel_preprocessing,
     resident_preprocessing,
     training_preprocessing,
 )
-from kdav_fast.data.resident import decode_once
+from kdav_fast.data.resident import ResidentImages, decode_once
 from kdav_fast.data.sources import Images, open_evaluation_images, open_images
 from kdav_fast.errors import InputError
 
@@ -33,6 +34,7 @@ __all__ = [
     "build_evaluation_loader",
     "build_loaders",
     "check_images",
+    "decode_images",
     "open_evaluation_images",
     "open_images",
 ]
@@ -116,6 +118,18 @@ def build_evaluation_loader(
     view = evaluation_preprocessing(config, normalization)
     loader_class = _loader_class(config, device)
     return loader_class(images, view, batch_size=batch_size, device=device, workers=workers, shuffle=False)
+
+
+def decode_images(config: DataConfig, images: ImageSet, device: torch.device) -> ResidentImages:
+    """A split in the memory of a device, as the evaluation sees it: decoded once, before normalisation.
+
+    Raises:
+        InputError: as in `build_loaders`.
+    """
+    workers = config.workers or len(os.sched_getaffinity(0))
+    make = partial(_loader_class(config, device), device=device, workers=workers)
+    decoder = make(images, evaluation_pixels(config), batch_size=_DECODE_BATCH, shuffle=False)
+    return decode_once(decoder, device, local_world=1, progress=True)
 
 
 def _keep(

@@ -108,10 +108,19 @@ def training_preprocessing(config: DataConfig, normalization: Normalization) -> 
 
 def evaluation_preprocessing(config: DataConfig, normalization: Normalization) -> Preprocessing:
     """The same for an image at every time: short side, centre crop."""
+    return _fixed(config, _evaluation_crop(config), normalization)
+
+
+def evaluation_pixels(config: DataConfig) -> Preprocessing:
+    """The bytes that `evaluation_preprocessing` normalises."""
+    return _bytes(config.image_size, _evaluation_crop(config))
+
+
+def _evaluation_crop(config: DataConfig) -> CenterCrop:
     resize = config.eval_resize
     if resize is None:
         resize = round(config.image_size / 0.875) if config.crop == "random_resized" else config.image_size
-    return _fixed(config, CenterCrop(resize), normalization)
+    return CenterCrop(resize)
 
 
 def square_crop(
@@ -131,7 +140,11 @@ def pixel_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
     crop = (
         preprocessing.crop if isinstance(preprocessing.crop, CenterCrop) else CenterCrop(preprocessing.size)
     )
-    return Preprocessing(preprocessing.size, crop, False, (0.0,) * 3, (1.0,) * 3, dtype=torch.uint8)
+    return _bytes(preprocessing.size, crop)
+
+
+def _bytes(size: int, crop: CenterCrop) -> Preprocessing:
+    return Preprocessing(size, crop, False, (0.0,) * 3, (1.0,) * 3, dtype=torch.uint8)
 
 
 def resident_preprocessing(preprocessing: Preprocessing) -> Preprocessing:
