@@ -56,7 +56,8 @@ class Rule(NamedTuple):
 HALF = (torch.float16, torch.bfloat16)
 
 # The CPU lines were measured (benchmarks/results/loss_kernel_cpu.json): the reference is ahead at batch x length
-# 2^19 and below; chunked is level with it at 2^21 and ahead by 7 to 12 % at 2^24, in a fifth of its memory.
+# 2^19 and below; chunked is level with it or ahead at 2^21 (two machines), and ahead by 5 to 14 % at 2^24, in a fifth
+# of its memory.
 # torch.compile is faster than both, but takes long to compile and memory that grows with L, so that only the user
 # picks it.
 # The CUDA lines were NOT measured: no GPU was at hand. They follow from counts of work and bytes (DESIGN section
