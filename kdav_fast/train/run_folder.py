@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from kdav_fast.config import Config, dump_config
+from kdav_fast.config import Config, dump_config, parse_config
 from kdav_fast.errors import InputError
 
 _FILE = "config.yaml"
@@ -24,17 +24,27 @@ _FREE = {
     "train.deepspeed",
     "train.keep_best",
     "train.keep_checkpoints",
+    "train.keep_freed_memory",
     "train.max_skipped_steps",
     "train.zero_stage",
 }
 
 
 def check_run_folder(config: Config) -> None:
-    """Raise `InputError` if the folder belongs to another config; it names the first differing key."""
+    """Raise `InputError` if the folder belongs to another config; it names the first differing key.
+
+    A key that the folder's version did not know has its default: it is what that run did.
+    """
     file = config.run_dir / _FILE
     if not file.exists():
         return
-    there = _flat(read_run_config(config.run_dir))
+    saved = read_run_config(config.run_dir)
+    try:
+        there = _flat(parse_config(saved).model_dump(mode="json"))
+    except InputError as error:
+        raise InputError(
+            f"run_dir {config.run_dir} cannot be continued: {error}; use another run_dir"
+        ) from None
     here = _flat(config.model_dump(mode="json"))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in _FREE:

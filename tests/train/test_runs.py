@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from kdav_fast.errors import InputError
@@ -248,6 +249,25 @@ def test_the_folder_of_another_config_is_refused_and_kept(small_config, tmp_path
     with pytest.raises(InputError, match="belongs to another config: optimizer.lr is 0.1 there and 0.2 here"):
         run_training(small_config(tmp_path / "run", train={"epochs": 1}, optimizer={"lr": 0.2}))
     assert before == {p: p.read_bytes() for p in config.run_dir.rglob("*") if p.is_file()}
+
+
+def test_a_key_that_the_folders_version_did_not_know_has_its_default(small_config, tmp_path, capsys):
+    config = small_config(tmp_path / "run", train={"epochs": 1})
+    run_training(config)
+    file = config.run_dir / "config.yaml"
+    saved = yaml.safe_load(file.read_text())
+    del saved["model"]["init"], saved["train"]["keep_freed_memory"]
+    file.write_text(yaml.safe_dump(saved))
+    run_training(config)
+    assert "is complete: 8 steps" in capsys.readouterr().out
+    with pytest.raises(InputError, match="model.init is 'published' there and 'torch' here"):
+        run_training(small_config(tmp_path / "run", train={"epochs": 1}, model={"init": "torch"}))
+    saved["train"]["forgotten"] = 1
+    file.write_text(yaml.safe_dump(saved))
+    with pytest.raises(
+        InputError, match=r"run cannot be continued: .*train\.forgotten.*; use another run_dir"
+    ):
+        run_training(config)
 
 
 @pytest.mark.parametrize(
