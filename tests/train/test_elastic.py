@@ -91,8 +91,11 @@ def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
         memory = load_file(checkpoint / "distiller.safetensors")
         for file in (tmp_path / shown).glob("distiller-*"):
             assert all(torch.equal(memory[name], tensor) for name, tensor in load_file(file).items())
-    # 4e-7 as measured. At a learning rate of 0.1 training magnifies the roundings, to 1 % after 24 steps.
-    assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
+    # What training magnifies of the roundings depends on the processor: over all steps 4e-7 on one, 4e-4 on another,
+    # there from the fourth step after the first change on. State that was lost would show in the second.
+    continued, whole_run = losses(run_dir), losses(reference)
+    assert continued[:10] == pytest.approx(whole_run[:10], rel=1e-5)
+    assert continued == pytest.approx(whole_run, rel=2e-3)
 
 
 ADAMW = {"weight", "exp_avg", "exp_avg_sq", "step"}
