@@ -63,7 +63,7 @@ def losses(run_dir):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("optimizer", "stages"),
-    [({"name": "sgd", "lr": 0.01}, (2, 0, 3)), ({"name": "adamw", "lr": 0.005}, (3, 1, 0))],
+    [({"name": "sgd", "lr": 0.002}, (2, 0, 3)), ({"name": "adamw", "lr": 0.005}, (3, 1, 0))],
     ids=["sgd", "adamw"],
 )
 def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
@@ -91,11 +91,9 @@ def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
         memory = load_file(checkpoint / "distiller.safetensors")
         for file in (tmp_path / shown).glob("distiller-*"):
             assert all(torch.equal(memory[name], tensor) for name, tensor in load_file(file).items())
-    # What training magnifies of the roundings depends on the processor: over all steps 4e-7 on one, 4e-4 on another,
-    # there from the fourth step after the first change on. State that was lost would show in the second.
-    continued, whole_run = losses(run_dir), losses(reference)
-    assert continued[:10] == pytest.approx(whole_run[:10], rel=1e-5)
-    assert continued == pytest.approx(whole_run, rel=2e-3)
+    # 4e-7 or 2e-6 as measured on two processors. Training magnifies the roundings at larger learning rates: to 4e-4
+    # at 0.01 on one of them, to 1 % at 0.1.
+    assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
 
 
 ADAMW = {"weight", "exp_avg", "exp_avg_sq", "step"}
