@@ -91,8 +91,8 @@ def test_two_then_one_then_two_processes(train, tmp_path, optimizer, stages):
         memory = load_file(checkpoint / "distiller.safetensors")
         for file in (tmp_path / shown).glob("distiller-*"):
             assert all(torch.equal(memory[name], tensor) for name, tensor in load_file(file).items())
-    # 4e-7 or 2e-6 as measured on two processors. Training magnifies the roundings at larger learning rates: to 4e-4
-    # at 0.01 on one of them, to 1 % at 0.1.
+    # 2e-6 as measured. Training magnifies the roundings at larger learning rates: SGD to 4e-4 at 0.01 on one processor
+    # (4e-7 on another), to 1 % at 0.1.
     assert losses(run_dir) == pytest.approx(losses(reference), rel=1e-5)
 
 
