@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes that `make test` shares the tests out to. Each has one thread and takes up to 2 GB.
+WORKERS ?= 2
 READY := $(VENV)/.ready
 
 # What `make bench` measures: CIFAR is train/CLASS/*.jpg and test/CLASS/*.jpg, PHOTOS a folder of class folders.
@@ -16,7 +18,7 @@ demo: install
 	$(BIN)/kdav demo
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 # Whole runs killed, restarted and launched on two hosts: what takes minutes.
 test-slow: install

@@ -2,13 +2,19 @@
 
 import copy
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from kdav_fast.config import Config, parse_config
+
+# Tests run side by side, and networks as small as theirs gain nothing from a second thread.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 if not torch.cuda.is_available():
     # Triton's kernels are interpreted. It reads the variable when it is imported, which many test modules do.
@@ -62,10 +68,33 @@ def small_config():
 
 
 @pytest.fixture(scope="session")
-def teacher_run(small_config, tmp_path_factory) -> Path:
-    """A finished run of a small teacher on the digits."""
-    from kdav_fast.train.loop import run_training
+def made_once(tmp_path_factory):
+    """Makes a folder that all workers of this test run share: `made_once(name, make)` returns it.
 
-    run_dir = tmp_path_factory.mktemp("teacher") / "run"
-    run_training(small_config(run_dir, model={"width": 1.0}, train={"epochs": 4}))
-    return run_dir
+    The first to ask calls `make(folder)`; the others wait. Nobody may write to it later.
+    """
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent  # each worker's folder is in the run's
+
+    def folder_of(name: str, make: Callable[[Path], object]) -> Path:
+        folder, finished = shared / name, shared / f"{name}.finished"
+        with FileLock(shared / f"{name}.lock"):
+            if not finished.exists():
+                make(folder)
+                finished.touch()
+        return folder
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def teacher_run(small_config, made_once) -> Path:
+    """A finished run of a small teacher on the digits."""
+
+    def train(run_dir: Path) -> None:
+        from kdav_fast.train.loop import run_training
+
+        run_training(small_config(run_dir, model={"width": 1.0}, train={"epochs": 4}))
+
+    return made_once("teacher", train)

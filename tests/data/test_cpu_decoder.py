@@ -87,8 +87,18 @@ def test_a_checkpoint_is_of_the_batch_that_was_taken_however_many_are_begun(phot
         np.testing.assert_array_equal(next(restored), batch)
 
 
+@pytest.fixture
+def three_threads():
+    """The decoder's own have one each: it must give back what was set before it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
 def test_the_process_keeps_its_threads_and_loses_the_decoder_s(photographs):
-    wanted, before = torch.get_num_threads(), set(threading.enumerate())
+    before = set(threading.enumerate())
 
     def started() -> list[str]:
         names = (thread.name for thread in set(threading.enumerate()) - before)
@@ -96,7 +106,7 @@ def test_the_process_keeps_its_threads_and_loses_the_decoder_s(photographs):
 
     running = decoder(photographs, RANDOM)
     next(running)
-    assert torch.get_num_threads() == wanted
+    assert torch.get_num_threads() == 3
     assert sum(name.startswith("resample") for name in started()) == 2
     del running
     for _ in range(100):
@@ -107,15 +117,15 @@ def test_the_process_keeps_its_threads_and_loses_the_decoder_s(photographs):
     assert not started()
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_new_threads_get_torch_s_usual_number(photographs):
-    wanted = torch.get_num_threads()
     running = decoder(photographs, RANDOM)
     next(running)
     found = []
     thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
     thread.start()
     thread.join()
-    assert found == [wanted]
+    assert found == [3]
 
 
 def test_a_file_that_cannot_be_decoded_or_read_raises(photographs):
