@@ -11,6 +11,7 @@ from kdav_fast.config import Config, parse_config
 from kdav_fast.evaluate import Accuracy, evaluate_file
 from kdav_fast.export import export_safetensors
 from kdav_fast.report import write_report
+from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.stopping import STOPPED
 
@@ -48,6 +49,11 @@ def demo_configs(folder: Path) -> dict[str, Config]:
 
 def run_demo(folder: Path) -> int:
     """Run, or continue, the demonstration in `folder`; returns the command's exit code."""
+    with RunLock(folder):
+        return _run_demo(folder)
+
+
+def _run_demo(folder: Path) -> int:
     results: dict[str, Accuracy] = {}
     configs = demo_configs(folder)
     for name, config in configs.items():

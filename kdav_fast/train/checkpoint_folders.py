@@ -8,7 +8,7 @@ manifest.
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -38,10 +38,19 @@ class CheckpointFolders:
         cluster: the run's processes.
         keep: how many of the newest to keep.
         keep_best: keep the one with the highest score too.
+        before_write: called by the first rank before it changes anything; may raise `InputError`.
     """
 
-    def __init__(self, root: Path, cluster: Cluster, keep: int, keep_best: bool) -> None:
+    def __init__(
+        self,
+        root: Path,
+        cluster: Cluster,
+        keep: int,
+        keep_best: bool,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self._root, self._cluster, self._keep, self._keep_best = root, cluster, keep, keep_best
+        self._before_write = before_write
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Path, dict[str, Any], Future] | None = None
         self._damaged: list[Path] = []  # newer than the one that the run continues from
@@ -71,6 +80,7 @@ class CheckpointFolders:
         temporary = self._root / f"step-{step:08d}{_TEMPORARY}"
 
         def make() -> None:
+            self._before_write()
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
                 for leftover in self._root.glob(f"step-*{_TEMPORARY}"):  # of a save that a crash interrupted
@@ -101,6 +111,7 @@ class CheckpointFolders:
         files = {name: record for o in outcomes if not isinstance(o, str) for name, record in o.items()}
 
         def publish() -> None:
+            self._before_write()  # else even what is removed may be another run's
             try:
                 if failures:
                     raise _not_written(step, "; ".join(failures))

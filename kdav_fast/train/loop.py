@@ -13,6 +13,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.evaluate import Accuracy, evaluate
 from kdav_fast.metrics_log import MetricsLog
 from kdav_fast.report import write_report
+from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
 from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.checkpoint_folders import CheckpointFolders
@@ -44,6 +45,15 @@ def run_training(config: Config) -> Accuracy | None:
 
 
 def _run_training(config: Config, cluster: Cluster) -> Accuracy | None:
+    lock = RunLock(config.run_dir)
+    cluster.on_first(lock.acquire)
+    try:
+        return _run_in_folder(config, cluster, lock)
+    finally:
+        lock.release()
+
+
+def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock) -> Accuracy | None:
     cluster.on_first(lambda: check_run_folder(config))
     parts = set_up(config, cluster)
     cluster.on_first(lambda: write_run_config(config))
@@ -52,7 +62,11 @@ def _run_training(config: Config, cluster: Cluster) -> Accuracy | None:
         cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
         return evaluate(student.to(cluster.device), parts.loaders.evaluation, cluster, parts.dtype)
     checkpoints = CheckpointFolders(
-        config.run_dir / CHECKPOINTS, cluster, config.train.keep_checkpoints, config.train.keep_best
+        config.run_dir / CHECKPOINTS,
+        cluster,
+        config.train.keep_checkpoints,
+        config.train.keep_best,
+        before_write=lock.check,
     )
     with StopRequest(cluster) as stop:
         step = restore_checkpoint(checkpoints, parts)
@@ -61,13 +75,15 @@ def _run_training(config: Config, cluster: Cluster) -> Accuracy | None:
                 return None
             begin_checkpoint(checkpoints, parts, 0, None)
             checkpoints.finish()
-        accuracy = train(parts, step or 0, checkpoints, stop)
+        accuracy = train(parts, step or 0, checkpoints, stop, lock)
     if accuracy is not None:
-        write_results(parts)
+        write_results(parts, lock)
     return accuracy
 
 
-def train(parts: Parts, step: int, checkpoints: CheckpointFolders, stop: StopRequest) -> Accuracy | None:
+def train(
+    parts: Parts, step: int, checkpoints: CheckpointFolders, stop: StopRequest, lock: RunLock
+) -> Accuracy | None:
     """Take the optimizer steps from `step` on; returns the final accuracy, None if a signal came first."""
     config, cluster, engine = parts.config.train, parts.cluster, parts.engine
     batches = _endless(parts.loaders.train)
@@ -84,6 +100,7 @@ def train(parts: Parts, step: int, checkpoints: CheckpointFolders, stop: StopReq
 
         def record(values: dict[str, float]) -> None:
             if log is not None:
+                lock.check()
                 log.write(step, {"epoch": parts.epoch(step), **values})
                 progress.show(step, values)
 
@@ -151,13 +168,14 @@ def measure_teacher(parts: Parts, stop: StopRequest) -> bool:
     return True
 
 
-def write_results(parts: Parts) -> None:
+def write_results(parts: Parts, lock: RunLock) -> None:
     """The student and the report of a complete run."""
     run_dir = parts.run_dir
     with parts.savable():
         weights = parts.evaluated_student.weights()
 
     def write() -> None:
+        lock.check()
         try:
             # The student last: with it, the run is complete.
             write_report({run_dir.name: run_dir}, run_dir / "report", title=str(run_dir))

@@ -1,0 +1,1 @@
+"""What any program of many processes needs: who holds a folder, what ends it, who is still there."""
