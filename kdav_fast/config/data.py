@@ -58,6 +58,8 @@ class DataConfig(Section):
     """Decoding threads or processes a rank. Default: the rank's share of the cores."""
     on_reshard: Literal["refuse", "restart_epoch"] = "refuse"
     """Continuing with another number of processes: an error, or the epoch from its beginning."""
+    on_change: Literal["refuse", "accept"] = "refuse"
+    """Continuing with files of the same names but other content than the run began with: an error, or accepted."""
 
     image_size: Count = 224
     """Side of the square that the networks see, in pixels."""

@@ -64,6 +64,10 @@ class EncodedImages(ImageSet):
         """
 
     @abstractmethod
+    def byte_sizes(self) -> np.ndarray:
+        """N int64; -1 for an image that is not there."""
+
+    @abstractmethod
     def signature(self, position: int) -> str:
         """Changes when the image does, at the price of one `stat`: size and modification time.
 

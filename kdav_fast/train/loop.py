@@ -21,6 +21,7 @@ from kdav_fast.train.distributed import Cluster, start_cluster
 from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.progress import Progress
+from kdav_fast.train.run_data import write_run_data
 from kdav_fast.train.run_folder import check_run_folder, write_run_config
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.skipped_steps import SkippedSteps
@@ -57,6 +58,7 @@ def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock) -> Accuracy 
     cluster.on_first(lambda: check_run_folder(config))
     parts = set_up(config, cluster)
     cluster.on_first(lambda: write_run_config(config))
+    cluster.on_first(lambda: write_run_data(config.run_dir, parts.data))
     if (config.run_dir / FILE_NAME).exists():
         student, card = read_student(config.run_dir)
         cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")

@@ -17,6 +17,7 @@ _FREE = {
     "data.download",
     "data.workers",
     "data.hw_decoder_load",
+    "data.on_change",
     "data.on_reshard",
     "teacher.sharded",
     "train.async_checkpoints",

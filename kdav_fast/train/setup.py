@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, ModelConfig
 from kdav_fast.data import DataSets, build_loaders, check_images, open_images
+from kdav_fast.data.fingerprint import Fingerprint, fingerprint
 from kdav_fast.distillers import Distiller, build_distiller
 from kdav_fast.errors import InputError
 from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_classifier, renormalization
@@ -24,6 +25,7 @@ from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype
+from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.sync_batchnorm import synchronize_batchnorm
 from kdav_fast.train.teacher import FrozenTeacher
@@ -36,6 +38,8 @@ class Parts:
     config: Config
     cluster: Cluster
     dtype: torch.dtype | None
+    data: Fingerprint
+    """Of the images that rank 0 sees."""
     loaders: DataSets
     normalization: Normalization
     student: Student
@@ -121,6 +125,8 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         keep_freed_memory()
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels) for split in images])
+    data = cluster.on_first(lambda: fingerprint(images))
+    cluster.on_first(lambda: check_run_data(config, data))
     classes = images.train.classes
 
     torch.manual_seed(train.seed)  # the same initial weights on every rank
@@ -168,6 +174,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         config,
         cluster,
         dtype,
+        data,
         loaders,
         normalization,
         student,

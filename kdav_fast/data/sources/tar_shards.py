@@ -74,6 +74,9 @@ class TarShards(EncodedImages):
                 got += more
         return content
 
+    def byte_sizes(self) -> np.ndarray:
+        return self.sizes
+
     def signature(self, position: int) -> str:
         status = Path(self._path(position)).stat()
         return f"{status.st_size} {status.st_mtime_ns} {self.offsets[position]}"
