@@ -81,7 +81,7 @@ class TrainConfig(Section):
     the system, unless the environment says otherwise (`MALLOC_*`, `GLIBC_TUNABLES`)."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes instead of each one's own."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """How far DeepSpeed shards the student's training state: not, optimizer, gradients, weights."""
     deepspeed: ExpandedPath | None = None
     """JSON file with further settings of DeepSpeed, such as launch/deepspeed/overlap.json."""

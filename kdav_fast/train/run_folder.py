@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kdav_fast.config import Config, dump_config, parse_config
+from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
 
 _FILE = "config.yaml"
@@ -73,10 +72,10 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     """The config saved in a run's folder; raises `InputError` if there is none or it is damaged."""
     file = run_dir / _FILE
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        raw = parse_yaml(read_document(file))
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; give the run_dir of a run") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except DocumentError:
         raw = None
     if not isinstance(raw, dict):
         raise InputError(f"{file} is damaged; restore it, or use another run_dir")
