@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdav_fast.errors import InputError
+from kdav_fast.kernels.caller import product
 
 
 class FoldableHead(nn.Module):
@@ -44,9 +45,9 @@ class FoldableHead(nn.Module):
         return self.norm(self.projector(features))
 
     def classify(self, embedding: Tensor) -> Tensor:
-        """Embeddings, B x d, to class scores, B x K."""
+        """Embeddings, B x d, to class scores, B x K, in the embeddings' dtype, under autocast too."""
         weight, bias = self.classifier()
-        return F.linear(embedding, weight.to(embedding.dtype), bias.to(embedding.dtype))
+        return product(embedding, weight.T.to(embedding.dtype)) + bias.to(embedding.dtype)
 
     @torch.no_grad()
     def fold(self) -> nn.Linear:
@@ -119,8 +120,11 @@ class EmbeddingHead(FoldableHead):
         return F.normalize(centred, dim=1)
 
     def class_scores(self, embedding: Tensor, kappa: float) -> Tensor:
-        """kappa <mu_y, z/|z|>, B x K: the logits of the von Mises-Fisher classifier around the prototypes."""
-        return kappa * F.normalize(embedding, dim=1) @ self.prototypes().T.to(embedding.dtype)
+        """kappa <mu_y, z/|z|>, B x K: the logits of the von Mises-Fisher classifier around the prototypes.
+
+        In the embeddings' dtype, under autocast too.
+        """
+        return product(kappa * F.normalize(embedding, dim=1), self.prototypes().T.to(embedding.dtype))
 
     def classifier(self) -> tuple[Tensor, Tensor]:
         """The prototypes without bias: the largest <mu_y, z> is the Bayes classifier's (|z| does not change it)."""

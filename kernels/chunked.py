@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdav_fast.kernels.caller import without_autocast
 from kdav_fast.kernels.reference import compute_dtype
 
 CPU_WORKSPACE_BYTES = 64 * 2**20
@@ -137,20 +138,24 @@ class _ChunkedTerms(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, memory, posterior, filled, log_total, ratio, above, teacher_mean = ctx.saved_tensors
-        # Rows are brought to a common size and back at the end, so that float16 neither over- nor underflows.
-        size = torch.maximum(membership_grad.abs(), prediction_grad.abs()).clamp(min=1e-30) / 4096
-        membership_grad, prediction_grad = membership_grad / size, prediction_grad / size
-        minus_ratio = ratio * -prediction_grad[:, None]
-        offset = (membership_grad + prediction_grad * above)[:, None]
-        grad = teacher_mean * -membership_grad[:, None]
-        for start in range(0, memory.shape[0], ctx.slice_rows):
-            part = slice(start, start + ctx.slice_rows)
-            valid = None if filled is None else filled - start
-            _add_slice_gradient(
-                grad, query, memory[part], posterior[part], valid, log_total, offset, minus_ratio
-            )
-        return grad.mul_(size[:, None]), *[None] * 7
+        with without_autocast(membership_grad.device):
+            return _gradient(ctx, membership_grad, prediction_grad), *[None] * 7
+
+
+def _gradient(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> Tensor:
+    """The gradient in the student's query."""
+    query, memory, posterior, filled, log_total, ratio, above, teacher_mean = ctx.saved_tensors
+    # Rows are brought to a common size and back at the end, so that float16 neither over- nor underflows.
+    size = torch.maximum(membership_grad.abs(), prediction_grad.abs()).clamp(min=1e-30) / 4096
+    membership_grad, prediction_grad = membership_grad / size, prediction_grad / size
+    minus_ratio = ratio * -prediction_grad[:, None]
+    offset = (membership_grad + prediction_grad * above)[:, None]
+    grad = teacher_mean * -membership_grad[:, None]
+    for start in range(0, memory.shape[0], ctx.slice_rows):
+        part = slice(start, start + ctx.slice_rows)
+        valid = None if filled is None else filled - start
+        _add_slice_gradient(grad, query, memory[part], posterior[part], valid, log_total, offset, minus_ratio)
+    return grad.mul_(size[:, None])
 
 
 # The loops' bodies are functions so that a slice's tensors are freed before the next one's are made.
@@ -165,7 +170,7 @@ def _absorb_slice(
     mass: Tensor,
     teacher_mean: Tensor,
 ) -> None:
-    """Adds a slice of the memory to all running sums, the last six arguments."""
+    """Adds a slice of the memory to all running sums, the last five arguments."""
     batch = len(mass)
     rows = _in_compute_dtype(memory, queries.dtype)
     similarity = _product(queries, rows.T)

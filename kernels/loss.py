@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kdav_fast.kernels.caller import is_transformed, only_first_derivative, without_autocast
 from kdav_fast.kernels.dispatch import IMPLEMENTATIONS, choose
 
 Reduction = Literal["mean", "none", "sum"]
@@ -47,6 +48,8 @@ def kdav_loss(
     von Mises-Fisher posterior over it; the first term pulls these together, the second the class
     distributions that follow from it by the law of total probability.
 
+    Computed in float32 (float64 if any input is), forward and backward, under a caller's torch.autocast too.
+
     Args:
         student_embedding: z, B x d. The only argument that may require a gradient.
         teacher_embedding: t, B x d, centred if the memory's rows are.
@@ -62,13 +65,15 @@ def kdav_loss(
         reduction: over rows: "mean", "sum" or "none".
         impl: "reference" is plain torch, "compile" the same through torch.compile; "chunked" takes the memory
             in slices, on any device; "triton" is a set of fused kernels for CUDA. "auto" picks by device,
-            shape and dtype: see `dispatch.explain_choice`.
+            shape and dtype: see `dispatch.explain_choice`. Only "reference" has second derivatives
+            (`create_graph=True`) and forward-mode ones; "auto" and "compile" take it under torch.func.
         workspace_bytes: most that "chunked" allocates for a slice of the memory, besides statistics of
             10 (d + K) values a batch row. `None` means half of a GPU's L2 cache, 64 MiB on a CPU.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
         ValueError: shapes, devices or values that do not fit; the message names the argument.
+        NotImplementedError: a derivative that `impl` does not have; raised in the backward pass if it is asked there.
     """
     _check_tensors(student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
     filled = _check_filled(filled, memory_embedding)
@@ -85,32 +90,41 @@ def kdav_loss(
         raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'none', 'sum'")
     if workspace_bytes is not None and not workspace_bytes > 0:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be above 0, or None for the default")
-    name = impl
-    if impl == "auto":
-        name = choose(
-            student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior
-        )
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"impl is {impl!r}; allowed: {', '.join(map(repr, ('auto', *IMPLEMENTATIONS)))}")
+    tensors = (student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
+    name = _implementation(impl, *tensors)
     bound = {"workspace_bytes": workspace_bytes} if name == "chunked" else {}
 
-    membership_kl, prediction_kl = IMPLEMENTATIONS[name](
-        student_embedding,
-        teacher_embedding,
-        teacher_logits,
-        memory_embedding,
-        memory_posterior,
-        filled,
-        kappa_student=float(kappa_student),
-        kappa_teacher=float(kappa_teacher),
-        temperature=float(temperature),
-        eps=float(eps),
-        **bound,
-    )
+    with without_autocast(student_embedding.device):
+        membership_kl, prediction_kl = IMPLEMENTATIONS[name](
+            *tensors,
+            filled,
+            kappa_student=float(kappa_student),
+            kappa_teacher=float(kappa_teacher),
+            temperature=float(temperature),
+            eps=float(eps),
+            **bound,
+        )
+    if name != "reference":
+        only_first_derivative((membership_kl, prediction_kl), name)
     loss = weight_membership * membership_kl + weight_prediction * prediction_kl
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return KDAVResult(loss, membership_kl.detach(), prediction_kl.detach())
+
+
+def _implementation(impl: str, student: Tensor, *others: Tensor) -> str:
+    """The name in IMPLEMENTATIONS of the one to take; `ValueError` for an unknown one."""
+    allowed = ("auto", *IMPLEMENTATIONS)
+    if impl not in allowed:
+        raise ValueError(f"impl is {impl!r}; allowed: {', '.join(map(repr, allowed))}")
+    if is_transformed(student):
+        if impl in ("chunked", "triton"):
+            raise NotImplementedError(
+                f"impl is {impl!r}, which torch.func and forward-mode derivatives cannot go through; use "
+                "impl='reference', or 'auto'"
+            )
+        return "reference"
+    return choose(student, *others) if impl == "auto" else impl
 
 
 def _check_tensors(

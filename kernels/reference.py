@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdav_fast.kernels.caller import product
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """float64 if any input is, else float32: half-precision inputs are widened, never accumulated in."""
@@ -53,7 +55,7 @@ def reference_terms(
 
 def _log_membership(embedding: Tensor, memory: Tensor, kappa: float, mask: Tensor | None) -> Tensor:
     """log p(v=j | x) under equal von Mises-Fisher likelihoods and a uniform prior, B x n."""
-    similarity = kappa * F.normalize(embedding, dim=1) @ memory.T
+    similarity = product(kappa * F.normalize(embedding, dim=1), memory.T)
     if mask is not None:
         similarity = similarity.masked_fill(~mask, -torch.inf)
     return torch.log_softmax(similarity, dim=1)
@@ -62,6 +64,6 @@ def _log_membership(embedding: Tensor, memory: Tensor, kappa: float, mask: Tenso
 def _total_probability(p_member: Tensor, posterior: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """p(y | x) = sum_j p(v=j | x) R_j(y), B x K; R as rows of probabilities or as one class id a row."""
     if posterior.ndim == 2:
-        return p_member @ posterior.to(dtype)
+        return product(p_member, posterior.to(dtype))
     p_class = p_member.new_zeros(p_member.shape[0], classes)
     return p_class.index_add(1, posterior, p_member)

@@ -63,7 +63,12 @@ def mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, rows, 0.0).sum() / valid.sum().clamp(min=1)
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """Half precision to float32; other tensors as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
 def label_loss(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
     """Cross-entropy of each row, B, with the labels or, where there are some, the mixed shares."""
     truth = target.labels if target.mixed is None else target.mixed
-    return F.cross_entropy(logits, truth, reduction="none", label_smoothing=label_smoothing)
+    return F.cross_entropy(widened(logits), truth, reduction="none", label_smoothing=label_smoothing)

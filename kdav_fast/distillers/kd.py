@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid
+from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid, widened
 from kdav_fast.outputs import Outputs
 
 
 def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(g/T) || softmax(f/T)) of each row, B (Hinton, Vinyals, Dean 2015)."""
-    log_p = F.log_softmax(student_logits / temperature, dim=1)
-    q = torch.softmax(teacher_logits / temperature, dim=1)
+    """T^2 KL(softmax(g/T) || softmax(f/T)) of each row, B (Hinton, Vinyals, Dean 2015). Halves are widened."""
+    log_p = F.log_softmax(widened(student_logits) / temperature, dim=1)
+    q = torch.softmax(widened(teacher_logits) / temperature, dim=1)
     return temperature**2 * F.kl_div(log_p, q, reduction="none").sum(1)
 
 

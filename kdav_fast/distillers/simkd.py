@@ -3,15 +3,15 @@
 from torch import Tensor, nn
 
 from kdav_fast.config import SimKDConfig
-from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid
+from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid, widened
 from kdav_fast.distillers.kd import soft_target_kl
 from kdav_fast.head import ReusedClassifierHead
 from kdav_fast.outputs import Outputs
 
 
 def feature_mse(student_embedding: Tensor, teacher_features: Tensor) -> Tensor:
-    """Mean over the d features of the squared difference, of each row of two B x d tensors: B."""
-    return (student_embedding - teacher_features).square().mean(1)
+    """Mean over the d features of the squared difference, of each row of two B x d tensors: B. Halves are widened."""
+    return (widened(student_embedding) - widened(teacher_features)).square().mean(1)
 
 
 class SimKDDistiller(Distiller):
