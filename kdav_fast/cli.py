@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 another process of the run was lost, 2 bad input, 75 stopp
 """
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import NoReturn
 
 from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.runtime.json_text import json_text
+from kdav_fast.runtime.versions import versions
 
 BAD_INPUT = 2
 RANK_LOST = 1
@@ -40,6 +41,15 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see '{self.prog} --help'")
 
 
+class _Versions(argparse.Action):
+    """Prints this package's version and those of what it stands on, a line each."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        for package, version in versions().items():
+            print(f"{package} {version or 'not installed'}")
+        parser.exit()
+
+
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """Overrides may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
@@ -53,6 +63,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="kdav", description="Distil a large image classifier into a small one.")
+    parser.add_argument("--version", action=_Versions, nargs=0, help="print versions and exit")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, command, summary: str, commands=commands) -> argparse.ArgumentParser:
@@ -148,7 +159,7 @@ def _evaluate(options: argparse.Namespace) -> int:
     from kdav_fast.evaluate import evaluate_file
 
     accuracy = evaluate_file(options.source, options.overrides)
-    print(json.dumps(accuracy._asdict()) if options.json else f"{options.source}: {accuracy}")
+    print(json_text(accuracy._asdict()) if options.json else f"{options.source}: {accuracy}")
     return 0
 
 
@@ -204,7 +215,7 @@ def _check_data(options: argparse.Namespace) -> int:
     if options.quarantine:
         found.write_quarantine(options.quarantine)
     if options.json:
-        print(json.dumps(found.as_json()))
+        print(json_text(found.as_json()))
     else:
         for line in found.lines():
             print(line)

@@ -1,6 +1,5 @@
 """The demonstration: a teacher, three students, an exported file, a table, in a few minutes on a CPU."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from kdav_fast.config import Config, parse_config
 from kdav_fast.evaluate import Accuracy, evaluate_file
 from kdav_fast.export import export_safetensors
 from kdav_fast.report import write_report
+from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.stopping import STOPPED
@@ -68,7 +68,7 @@ def _run_demo(folder: Path) -> int:
 
     summary = {name: round(accuracy.top1, 2) for name, accuracy in results.items()}
     summary["exported"] = round(exported_accuracy.top1, 2)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     page = write_report(
         {name: config.run_dir for name, config in configs.items()},
         folder / "report",

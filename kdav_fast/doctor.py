@@ -7,7 +7,6 @@ import contextlib
 import ctypes
 import importlib
 import io
-import json
 import os
 import platform
 import shutil
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from kdav_fast.runtime.json_text import json_text
 from kdav_fast.train.optimizer import APEX_BUILD, APEX_CLASSES
 
 State = Literal["on", "off", "info"]
@@ -97,7 +97,7 @@ def print_diagnosis(findings: list[Finding], console: Console) -> None:
 
 def diagnosis_json(findings: list[Finding]) -> str:
     """The findings as a JSON list of objects with the fields of `Finding`."""
-    return json.dumps([asdict(finding) for finding in findings], indent=2)
+    return json_text([asdict(finding) for finding in findings], indent=2)
 
 
 Answer = tuple[State, str]  # what a probe returns: "on" or "info", and the detail

@@ -1,20 +1,30 @@
 """Accuracy on the evaluation split, over all ranks, padding excluded."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from kdav_fast.config import apply_overrides, parse_config
+from kdav_fast.config import Config, DataConfig, apply_overrides, flat, known_keys, parse_config
 from kdav_fast.data import Loader, build_evaluation_loader, check_images, open_evaluation_images
 from kdav_fast.errors import InputError
 from kdav_fast.student_file import read_student
 from kdav_fast.train.distributed import Cluster, start_cluster
 from kdav_fast.train.meter import correct_counts
 from kdav_fast.train.precision import autocast, autocast_dtype, check_image_dtype
+
+EFFECTIVE = frozenset(
+    {"device", "train.batch_size", "train.precision"}
+    | {f"data.{key}" for key in ("name", "root", "download", "val_labels", "skip_list", "max_pixels")}
+    | {f"data.{key}" for key in ("loader", "decode", "hw_decoder_load", "workers", "dtype", "layout")}
+    | {
+        f"data.{key}" for key in ("image_size", "eval_resize", "crop")
+    }  # the default of eval_resize follows crop
+)
+"""The config keys that an evaluation heeds; the others say how a run trains."""
 
 
 class Accuracy(NamedTuple):
@@ -63,6 +73,26 @@ def evaluate(network: nn.Module, loader: Loader, cluster: Cluster, dtype: torch.
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))
 
 
+def evaluation_config(data: DataConfig, overrides: list[str]) -> Config:
+    """The config of an evaluation: the data of the training, and what `overrides` change.
+
+    Raises:
+        InputError: a key or value is not in the schema, or a key has no effect on an evaluation.
+    """
+    # Whatever the images were in training: the machine here may not compute in halves.
+    raw = {"data": data.model_dump(mode="json") | {"dtype": "fp32"}}
+    given: dict[str, Any] = {}
+    apply_overrides(given, overrides)
+    for key in flat(given):
+        if key in known_keys() and key not in EFFECTIVE:
+            why = "; weights go with the mean and std of their file" * (key in ("data.mean", "data.std"))
+            raise InputError(
+                f"{key} has no effect on an evaluation{why}; these have: {', '.join(sorted(EFFECTIVE))}"
+            )
+    apply_overrides(raw, overrides)
+    return parse_config(raw)
+
+
 def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
     """Evaluate a run, a checkpoint or an exported student on the data it was trained with, or on other data.
 
@@ -74,10 +104,7 @@ def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
         InputError: a file or folder cannot be used, or the data has other classes than the student.
     """
     student, card = read_student(path)
-    # Whatever the images were in training: the machine here may not compute in halves.
-    raw = {"data": card.data.model_dump(mode="json") | {"dtype": "fp32"}}
-    apply_overrides(raw, overrides)
-    config = parse_config(raw)
+    config = evaluation_config(card.data, overrides)
     cluster = start_cluster(config.device)
     dtype = autocast_dtype(config.train.precision, cluster.device)
     check_image_dtype(config.data.dtype, dtype)

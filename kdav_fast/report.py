@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
-from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
-from platform import python_version
 from statistics import median
 from typing import Any
 
@@ -19,6 +17,7 @@ from matplotlib.lines import Line2D
 
 from kdav_fast.errors import InputError
 from kdav_fast.metrics_log import read_metrics
+from kdav_fast.runtime.versions import versions
 
 # Okabe and Ito's palette, without its yellow, which is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,7 +37,6 @@ UNITS = {"_kl": "nats", "_entropy": "nats", "_ms": "ms", "_seconds": "s", "_byte
 FIGURES = ("losses", "accuracy", "learning_rate", "throughput")  # then those of keys unknown here
 # What a training line may hold beside losses; any other `train/` or `val/` key is a part of the loss.
 NOT_LOSSES = ("norm", "skipped", "scale", "seconds", "_ms", "share", "bytes", "count")
-PACKAGES = ("kdav_fast", "torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "triton")
 RESULTS = {  # key: (heading, which of its values is best)
     "val/top1": ("val top-1 (%)", max),
     "val/top5": ("val top-5 (%)", max),
@@ -350,10 +348,4 @@ def _config(run: Run) -> str:
 
 
 def _versions() -> str:
-    found = [f"Python {python_version()}"]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
+    return ", ".join(f"{package} {version}" for package, version in versions().items() if version)

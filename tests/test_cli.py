@@ -1,15 +1,18 @@
 """The command line as a user meets it: what it prints, what it exits with, and what bad input gets."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 
 import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
+from kdav_fast import evaluate
 from kdav_fast.cli import main
 
 SMALL = [
@@ -200,6 +203,52 @@ def test_checkpoint_of_another_architecture(config, capsys, tmp_path):
     overrides = [f"model.checkpoint={tmp_path / 'run'}", "model.width=0.5", f"run_dir={tmp_path / 'other'}"]
     message = fails(capsys, "train", config(), *SMALL, *overrides)
     assert "conv1.weight is 4 x 3 x 3 x 3, needed 8 x 3 x 3 x 3" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr=1", "optimizer.lr has no effect on an evaluation; these have: data.crop, "),
+        ("model.name=cifar:resnet14", "model.name has no effect"),
+        ("train={batch_size: 4, epochs: 2}", "train.epochs has no effect"),
+        ("data.train_subset=3", "data.train_subset has no effect"),
+        ("data.mean=[0.5,0.5,0.5]", "data.mean has no effect on an evaluation; weights go with the mean"),
+        ("data={name: digits, mean: [0.5,0.5,0.5], std: [1,1,1]}", "data.mean has no effect"),
+        ("run_dir=elsewhere", "run_dir has no effect"),
+        ("optimizer.lrr=1", "unknown key 'optimizer.lrr'"),
+        ("train.batch_size=0", "'train.batch_size' is 0"),
+    ],
+)
+def test_evaluate_refuses_what_has_no_effect(teacher_run, capsys, override, message):
+    assert message in fails(capsys, "evaluate", str(teacher_run), override)
+
+
+def test_evaluate_heeds_what_has_an_effect(teacher_run, capsys):
+    overrides = ["device=cpu", "train.batch_size=100", "train.precision=bf16", "data.workers=1"]
+    assert main(["evaluate", str(teacher_run), "--json", *overrides, "data.layout=contiguous"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 900
+
+
+def test_a_loss_that_is_not_a_number_is_null_in_json(capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_file", lambda *_: evaluate.Accuracy(10.0, 50.0, math.nan, 900))
+    assert main(["evaluate", "student.safetensors", "--json"]) == 0
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"top1": 10.0, "top5": 50.0, "loss": None, "images": 900}
+    assert "NaN" not in text
+
+
+def test_version_names_what_results_depend_on_without_importing_it():
+    program = (
+        "import sys; from kdav_fast.cli import main\n"
+        "try: main(['--version'])\n"
+        "except SystemExit as end: sys.exit(end.code or 'torch' in sys.modules or 'matplotlib' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(" ", 1) for line in result.stdout.splitlines())
+    assert next(iter(lines)) == "kdav_fast"
+    for package in ("torch", "deepspeed", "triton", "nvidia-dali-cuda130"):
+        assert lines[package] == metadata.version(package)
 
 
 def test_evaluate_bad_sources(capsys, tmp_path):

@@ -6,7 +6,8 @@ schema does not know stops at start, with the nearest key it does know.
 
 from kdav_fast.config.data import DataConfig
 from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, KDConfig, NoDistiller, SimKDConfig
-from kdav_fast.config.loading import apply_overrides, dump_config, load_config, parse_config
+from kdav_fast.config.explain import known_keys
+from kdav_fast.config.loading import apply_overrides, dump_config, flat, load_config, parse_config
 from kdav_fast.config.network import ModelConfig, TeacherConfig
 from kdav_fast.config.run import Config
 from kdav_fast.config.section import Count, Positive, Section, Triple
@@ -31,6 +32,8 @@ __all__ = [
     "Triple",
     "apply_overrides",
     "dump_config",
+    "flat",
+    "known_keys",
     "load_config",
     "parse_config",
 ]

@@ -82,11 +82,11 @@ def _unknown(path: list[str | int], raw: dict[str, Any]) -> str:
     nearest = difflib.get_close_matches(leaf, beside, n=1, cutoff=_NEAR)
     if nearest:
         return f"unknown key {shown(key)}{where}; the nearest known one is '{prefix}{nearest[0]}'"
-    elsewhere = [one for one in _keys() if one.rpartition(".")[2] == leaf and one != key]
+    elsewhere = [one for one in known_keys() if one.rpartition(".")[2] == leaf and one != key]
     if not elsewhere and not section:  # a misspelt key without its section
-        names = {one.rpartition(".")[2] for one in _keys()}
+        names = {one.rpartition(".")[2] for one in known_keys()}
         close = difflib.get_close_matches(leaf, sorted(names), n=1, cutoff=_NEAR)
-        elsewhere = [one for one in _keys() if close and one.rpartition(".")[2] == close[0]]
+        elsewhere = [one for one in known_keys() if close and one.rpartition(".")[2] == close[0]]
     if elsewhere and leaf != "name":
         return f"unknown key {shown(key)}{where}; perhaps {' or '.join(elsewhere[:3])}"
     return f"unknown key {shown(key)}{where}; allowed{' in ' + prefix[:-1] if section else ''}: {', '.join(beside)}"
@@ -182,7 +182,7 @@ def _fields(path: list[str | int]) -> list[str]:
 
 
 @cache
-def _keys() -> list[str]:
+def known_keys() -> list[str]:
     """Every key of the schema, dotted."""
     keys = list(Config.model_fields)
     for section in Config.model_fields:

@@ -1,1 +1,1 @@
-"""What any program of many processes needs: who holds a folder, what ends it, who is still there."""
+"""What any program may need of its machine: who holds a folder, what ends a run, what is installed."""

@@ -13,7 +13,6 @@ import hashlib
 import os
 import stat
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self

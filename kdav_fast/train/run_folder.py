@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from kdav_fast.config import Config, dump_config, parse_config
+from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
 
@@ -40,12 +40,12 @@ def check_run_folder(config: Config) -> None:
         return
     saved = read_run_config(config.run_dir)
     try:
-        there = _flat(parse_config(saved).model_dump(mode="json"))
+        there = flat(parse_config(saved).model_dump(mode="json"))
     except InputError as error:
         raise InputError(
             f"run_dir {config.run_dir} cannot be continued: {error}; use another run_dir"
         ) from None
-    here = _flat(config.model_dump(mode="json"))
+    here = flat(config.model_dump(mode="json"))
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) != here.get(key) and key not in _FREE:
             raise InputError(
@@ -80,13 +80,3 @@ def read_run_config(run_dir: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"{file} is damaged; restore it, or use another run_dir")
     return raw
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
