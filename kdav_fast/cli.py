@@ -86,14 +86,26 @@ def _parser() -> argparse.ArgumentParser:
         # The deepspeed launcher passes this; the environment says the same.
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
-    sub = add("evaluate", _evaluate, "Accuracy of a run, a checkpoint or an exported student.")
-    sub.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT")
+    sub = add("evaluate", _evaluate, "Accuracy of a run, a checkpoint or an exported student, ONNX too.")
+    sub.add_argument("source", type=Path, metavar="RUN_OR_FILE")
     sub.add_argument("--json", action="store_true", help="print one JSON object")
+    sub.add_argument("--per-class", action="store_true", help="of each class too, the worst first")
     add_overrides(sub)
+
+    sub = add("predict", _predict, "The classes of single images, as an evaluation sees them.")
+    sub.add_argument("source", type=Path, metavar="RUN_OR_FILE")
+    sub.add_argument(
+        "words",
+        nargs="+",
+        metavar="IMAGE_OR_FOLDER",
+        help="or key=value, such as device=cpu or train.batch_size=512",
+    )
+    sub.add_argument("--top", type=_count, default=5, help="classes of each image (default: 5)")
+    sub.add_argument("--json", action="store_true", help="print one JSON object")
 
     sub = add("export", _export, "Fold a student into its stock architecture and write it.")
     sub.add_argument("source", type=Path, metavar="RUN")
-    sub.add_argument("--format", choices=("safetensors", "onnx"), default="safetensors")
+    sub.add_argument("--format", choices=("safetensors", "onnx"), help="default: as --output ends")
     sub.add_argument("--output", type=Path, help="file to write (default: RUN/export/student.FORMAT)")
 
     sub = add("report", _report, "Plot the curves of one run or of several, finished or not.")
@@ -156,26 +168,61 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from kdav_fast.evaluate import evaluate_file
+    from kdav_fast.evaluate import evaluate_trained
+    from kdav_fast.inference.trained import open_trained
 
-    accuracy = evaluate_file(options.source, options.overrides)
-    print(json_text(accuracy._asdict()) if options.json else f"{options.source}: {accuracy}")
+    trained = open_trained(options.source)
+    accuracy, classes = evaluate_trained(trained, options.overrides)
+    if options.json:
+        card = trained.card
+        reached = {"step": card.step, "steps": card.steps, "epoch": card.epoch}
+        print(json_text(accuracy._asdict() | reached | (classes.as_json() if options.per_class else {})))
+        return 0
+    if options.per_class:
+        for line in classes.lines():
+            print(line)
+    print(f"{options.source}{trained.note and f' ({trained.note})'}: {accuracy}")
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    from kdav_fast.inference.predict import predict, split_arguments
+    from kdav_fast.inference.trained import open_trained
+
+    paths, overrides = split_arguments(options.words)
+    if not paths:
+        raise InputError("no image is given; give files or folders of images")
+    predictions = predict(open_trained(options.source), paths, overrides, options.top)
+    answered, refused = [], []
+    for prediction in predictions:
+        (refused if prediction.problem else answered).append(prediction)
+        if not options.json:
+            print(prediction)
+    if options.json:
+        print(
+            json_text(
+                {"images": [one.as_json() for one in answered], "errors": [one.as_json() for one in refused]}
+            )
+        )
+    if refused:
+        named = "; ".join(map(str, refused[:5])) + (
+            f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        )
+        raise InputError(f"{len(refused)} of {len(answered) + len(refused)} could not be classified: {named}")
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    from kdav_fast.export import export_onnx, export_safetensors
+    from kdav_fast.export import export
 
-    folder = options.source if options.source.is_dir() else options.source.parent
-    output = options.output or folder / "export" / f"student.{options.format}"
-    if options.format == "onnx":
-        export_onnx(options.source, output)
-        print(f"wrote {output}")
-    else:
-        error = export_safetensors(options.source, output)
-        print(
-            f"wrote {output}; its scores differ from the trained student's by at most {error:.1e} of the largest"
+    written = export(options.source, options.output, options.format)
+    said = f"wrote {written.output}"
+    if written.difference is not None:
+        said += (
+            "; its scores differ from the trained student's by at most "
+            f"{written.difference:.1e} of the largest"
         )
+    print(said + (written.note and f"; {written.note}"))
     return 0
 
 

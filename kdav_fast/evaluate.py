@@ -1,30 +1,20 @@
 """Accuracy on the evaluation split, over all ranks, padding excluded."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from kdav_fast.config import Config, DataConfig, apply_overrides, flat, known_keys, parse_config
 from kdav_fast.data import Loader, build_evaluation_loader, check_images, open_evaluation_images
 from kdav_fast.errors import InputError
-from kdav_fast.student_file import read_student
-from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.inference.trained import Trained, inference_config, open_trained, start_inference
+from kdav_fast.tracking.class_results import ClassResults, ClassTally
+from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.meter import correct_counts
-from kdav_fast.train.precision import autocast, autocast_dtype, check_image_dtype
-
-EFFECTIVE = frozenset(
-    {"device", "train.batch_size", "train.precision"}
-    | {f"data.{key}" for key in ("name", "root", "download", "val_labels", "skip_list", "max_pixels")}
-    | {f"data.{key}" for key in ("loader", "decode", "hw_decoder_load", "workers", "dtype", "layout")}
-    | {
-        f"data.{key}" for key in ("image_size", "eval_resize", "crop")
-    }  # the default of eval_resize follows crop
-)
-"""The config keys that an evaluation heeds; the others say how a run trains."""
+from kdav_fast.train.precision import autocast
 
 
 class Accuracy(NamedTuple):
@@ -47,7 +37,13 @@ class Accuracy(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, loader: Loader, cluster: Cluster, dtype: torch.dtype | None) -> Accuracy:
+def evaluate(
+    network: nn.Module,
+    loader: Loader,
+    cluster: Cluster,
+    dtype: torch.dtype | None,
+    tally: ClassTally | None = None,
+) -> Accuracy:
     """Evaluate a network that returns `Outputs` on every image of `loader` once.
 
     Args:
@@ -55,6 +51,7 @@ def evaluate(network: nn.Module, loader: Loader, cluster: Cluster, dtype: torch.
         loader: an evaluation split, at the start of an epoch.
         cluster: the run's processes; every rank gets the same answer.
         dtype: autocast dtype; None for float32.
+        tally: is shown every batch.
     """
     was_training = network.training
     network.eval()
@@ -66,6 +63,8 @@ def evaluate(network: nn.Module, loader: Loader, cluster: Cluster, dtype: torch.
         with autocast(cluster.device, dtype):
             logits = network(batch.images).logits.float()
         top1, top5 = correct_counts(logits, batch.target, batch.valid)
+        if tally is not None:
+            tally.update(logits, batch.target, batch.valid)
         losses = F.cross_entropy(logits, batch.target, reduction="none") * batch.valid
         sums += torch.stack([top1, top5, losses.sum(), batch.valid.sum()]).double()
     network.train(was_training)
@@ -73,46 +72,28 @@ def evaluate(network: nn.Module, loader: Loader, cluster: Cluster, dtype: torch.
     return Accuracy(100 * top1 / images, 100 * top5 / images, loss / images, int(images))
 
 
-def evaluation_config(data: DataConfig, overrides: list[str]) -> Config:
-    """The config of an evaluation: the data of the training, and what `overrides` change.
-
-    Raises:
-        InputError: a key or value is not in the schema, or a key has no effect on an evaluation.
-    """
-    # Whatever the images were in training: the machine here may not compute in halves.
-    raw = {"data": data.model_dump(mode="json") | {"dtype": "fp32"}}
-    given: dict[str, Any] = {}
-    apply_overrides(given, overrides)
-    for key in flat(given):
-        if key in known_keys() and key not in EFFECTIVE:
-            why = "; weights go with the mean and std of their file" * (key in ("data.mean", "data.std"))
-            raise InputError(
-                f"{key} has no effect on an evaluation{why}; these have: {', '.join(sorted(EFFECTIVE))}"
-            )
-    apply_overrides(raw, overrides)
-    return parse_config(raw)
-
-
 def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
     """Evaluate a run, a checkpoint or an exported student on the data it was trained with, or on other data.
 
     Args:
-        path: as for `find_student_file`.
-        overrides: config keys, such as `data.root=FOLDER`, `device=cpu` or `train.batch_size=512`.
+        path: as for `open_trained`.
+        overrides: config keys that have an effect here, such as `data.root=FOLDER` or `train.batch_size=512`.
 
     Raises:
         InputError: a file or folder cannot be used, or the data has other classes than the student.
     """
-    student, card = read_student(path)
-    config = evaluation_config(card.data, overrides)
-    cluster = start_cluster(config.device)
-    dtype = autocast_dtype(config.train.precision, cluster.device)
-    check_image_dtype(config.data.dtype, dtype)
+    return evaluate_trained(open_trained(path), overrides)[0]
+
+
+def evaluate_trained(trained: Trained, overrides: list[str] = ()) -> tuple[Accuracy, ClassResults]:
+    """As `evaluate_file`, and how each class did."""
+    config, card = inference_config(trained, overrides), trained.card
+    network, cluster, dtype = start_inference(trained, config)
     images = open_evaluation_images(config.data, card.classes)
     if images.classes != card.classes:
         raise InputError(
             f"{images.root / images.split} has {len(images.classes)} classes ({_some(images.classes)}), but "
-            f"{path} knows {len(card.classes)} ({_some(card.classes)}); give the data set it was trained for"
+            f"{trained.file} knows {len(card.classes)} ({_some(card.classes)}); give the data set it was trained for"
         )
     check_images(images, config.data.max_pixels)
     loader = build_evaluation_loader(
@@ -122,8 +103,9 @@ def evaluate_file(path: Path, overrides: list[str] = ()) -> Accuracy:
         device=cluster.device,
         normalization=card.normalization,
     )
-    student = student.to(cluster.device, memory_format=torch.channels_last)
-    return evaluate(student, loader, cluster, dtype)
+    tally = ClassTally()
+    accuracy = evaluate(network, loader, cluster, dtype, tally)
+    return accuracy, tally.results(card.classes, cluster)
 
 
 def _some(classes: tuple[str, ...]) -> str:

@@ -18,6 +18,9 @@ from matplotlib.lines import Line2D
 from kdav_fast.errors import InputError
 from kdav_fast.metrics_log import read_metrics
 from kdav_fast.runtime.versions import versions
+from kdav_fast.tracking.class_report import class_tables, draw_classes
+from kdav_fast.tracking.class_results import ClassResults, read_class_results
+from kdav_fast.tracking.page_parts import plain, table
 
 # Okabe and Ito's palette, without its yellow, which is too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -52,6 +55,8 @@ class Run:
     label: str
     lines: list[dict[str, Any]]
     config: str | None
+    classes: ClassResults | None
+    """Of the evaluation at its end; None before that."""
 
     def series(self, key: str, axis: str) -> tuple[list[float], list[float]]:
         """Positions and values of `key`; a null, which is a value that was not finite, becomes NaN."""
@@ -90,6 +95,9 @@ def write_report(
             figure = _draw(loaded, names, axis)
             figure.savefig(output / f"{group}.png", dpi=150)
             figures.append((group, (output / f"{group}.png").read_bytes()))
+        if by_class := _by_class(loaded):
+            draw_classes(by_class, COLOURS).savefig(output / "classes.png", dpi=150)
+            figures.append(("classes", (output / "classes.png").read_bytes()))
         page = output / "index.html"
         page.write_text(_page(title, loaded, figures, summary or {}), encoding="utf-8")
     except OSError as error:
@@ -100,7 +108,11 @@ def write_report(
 def _load(label: str, run_dir: Path) -> Run:
     config = run_dir / "config.yaml"
     text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
-    return Run(label, read_metrics(run_dir), text)
+    return Run(label, read_metrics(run_dir), text, read_class_results(run_dir))
+
+
+def _by_class(runs: list[Run]) -> dict[str, ClassResults]:
+    return {run.label: run.classes for run in runs if run.classes is not None}
 
 
 def _is_number(value: Any) -> bool:
@@ -155,7 +167,7 @@ def _draw(runs: list[Run], panels: dict[str, list[str]], axis: str) -> Figure:
             for index, run in enumerate(runs):
                 _curve(axes, index, _split(key)[0], *run.series(key, axis))
         _scale(axes, name)
-        axes.set_ylabel(_plain(_label(name)), fontsize=11)
+        axes.set_ylabel(plain(_label(name)), fontsize=11)
         axes.grid(True, color="#d8d8d8", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=10)
@@ -164,7 +176,7 @@ def _draw(runs: list[Run], panels: dict[str, list[str]], axis: str) -> Figure:
         all_axes[-1].set_xlim(-0.02 * end, 1.02 * end)
     all_axes[-1].set_xlabel("epoch" if axis == "epoch" else "optimizer step", fontsize=11)
     handles = [
-        Line2D([], [], label=_plain(run.label), linewidth=2.2, **_colour_and_marker(index, always=False))
+        Line2D([], [], label=plain(run.label), linewidth=2.2, **_colour_and_marker(index, always=False))
         for index, run in enumerate(runs)
     ]
     if {"train", "val"} <= {_split(key)[0] for keys in panels.values() for key in keys}:
@@ -229,12 +241,6 @@ def _scale(axes: Any, name: str) -> None:
         axes.set_yscale("log" if name != "lr" or in_steps else "linear")
 
 
-def _plain(text: str) -> str:
-    """Matplotlib reads `$` as mathematics and hides legend entries that start with an underscore."""
-    text = text.replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text
-
-
 CSS = """
 :root { color-scheme: light dark;
   --ink: #1b1f24; --paper: #fff; --soft: #5b6570; --line: #d5dae0; --card: #f4f6f8 }
@@ -277,6 +283,7 @@ def _page(title: str, runs: list[Run], figures: list[tuple[str, bytes]], summary
 <div class="figures">
 {curves or "<p>No metrics have been logged yet.</p>"}
 </div>
+{_classes(runs)}
 <h2>Configuration</h2>
 {"".join(_config(run) for run in runs)}
 <footer><p>Report of {now}. Installed when it was written: {escape(_versions())}.</p></footer>
@@ -285,19 +292,10 @@ def _page(title: str, runs: list[Run], figures: list[tuple[str, bytes]], summary
 """
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    """Cells are HTML already."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table>\n<thead><tr>{top}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
-    )
-
-
 def _summary_table(summary: Mapping[str, float]) -> str:
     if not summary:
         return ""
-    return "<h2>Summary</h2>\n" + _table(["", ""], [[escape(k), _number(v)] for k, v in summary.items()])
+    return "<h2>Summary</h2>\n" + table(["", ""], [[escape(k), _number(v)] for k, v in summary.items()])
 
 
 def _results_table(runs: list[Run]) -> str:
@@ -310,7 +308,12 @@ def _results_table(runs: list[Run]) -> str:
         last = run.lines[-1] if run.lines else {}
         row = [escape(run.label), _number(last.get("step")), _number(last.get("epoch"))]
         rows.append(row + [_final_and_best(run, key, best) for key, (_, best) in shown.items()])
-    return _table(head, rows)
+    return table(head, rows)
+
+
+def _classes(runs: list[Run]) -> str:
+    by_class = _by_class(runs)
+    return f"<h2>Classes</h2>\n{class_tables(by_class)}" if by_class else ""
 
 
 def _final_and_best(run: Run, key: str, best: Any) -> str:

@@ -17,7 +17,8 @@ from kdav_fast.student import HEAD_PREFIX, Student
 
 FILE_NAME = "student.safetensors"
 CHECKPOINTS = "checkpoints"
-_CARD_KEY = "kdav_fast"
+CARD_KEY = "kdav_fast"
+"""Where the card lies in a file's metadata."""
 
 
 class StudentCard(Section):
@@ -38,6 +39,8 @@ class StudentCard(Section):
     distiller: str
     step: int
     epoch: float
+    steps: Count | None = None
+    """Optimizer steps that the run was to take; None in files that do not tell."""
 
     @property
     def normalization(self) -> Normalization:
@@ -46,20 +49,27 @@ class StudentCard(Section):
 
 def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> None:
     """Write weights and card: the same bytes for the same content. A crash leaves the old file or the new one."""
+    write_flushed(path, student_bytes(weights, card))
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, and wait until the disk has it. Makes the folder; raises `OSError`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(student_bytes(weights, card))
-        file.flush()
-        os.fsync(
-            file.fileno()
-        )  # before the name: a crash of the machine must not leave an empty file under it
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            # Before the name: a crash of the machine must not leave an empty file under it.
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def student_bytes(weights: dict[str, Tensor], card: StudentCard) -> bytes:
     """What `write_student` writes."""
-    return _with_sorted_metadata(save(weights, {_CARD_KEY: card.model_dump_json(), "format": "pt"}))
+    return _with_sorted_metadata(save(weights, {CARD_KEY: card.model_dump_json(), "format": "pt"}))
 
 
 def _with_sorted_metadata(content: bytes) -> bytes:
@@ -74,14 +84,14 @@ def _with_sorted_metadata(content: bytes) -> bytes:
 
 def read_card(metadata: dict[str, str]) -> StudentCard | None:
     """The card in a file's metadata; None for a file that this program did not write."""
-    if _CARD_KEY not in metadata:
+    if CARD_KEY not in metadata:
         return None
     try:
-        return StudentCard.model_validate_json(metadata[_CARD_KEY])
+        return StudentCard.model_validate_json(metadata[CARD_KEY])
     except ValidationError as error:
         reason = " ".join(str(error).split())
         raise InputError(
-            f"the file's '{_CARD_KEY}' metadata is damaged or of another version: {reason}"
+            f"the file's '{CARD_KEY}' metadata is damaged or of another version: {reason}"
         ) from None
 
 
@@ -129,7 +139,7 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
     card = read_card(metadata)
     if card is None:
         raise InputError(
-            f"{file} carries no '{_CARD_KEY}' metadata, so its architecture is unknown; give a run, or a file "
+            f"{file} carries no '{CARD_KEY}' metadata, so its architecture is unknown; give a run, or a file "
             "that 'kdav export' wrote"
         )
     network = build_classifier(card.name, len(card.classes), width=card.width)

@@ -97,6 +97,7 @@ class Parts:
             distiller=self.config.distiller.name,
             step=step,
             epoch=self.epoch(step),
+            steps=self.steps,
         )
 
 

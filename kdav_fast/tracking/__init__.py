@@ -1,0 +1,1 @@
+"""What is kept of a run for people and programs to look at."""
