@@ -95,7 +95,7 @@ def evaluate_trained(trained: Trained, overrides: list[str] = ()) -> tuple[Accur
             f"{images.root / images.split} has {len(images.classes)} classes ({_some(images.classes)}), but "
             f"{trained.file} knows {len(card.classes)} ({_some(card.classes)}); give the data set it was trained for"
         )
-    check_images(images, config.data.max_pixels)
+    check_images(images, config.data.max_pixels, config.data.check == "decode")
     loader = build_evaluation_loader(
         config.data,
         images,

@@ -42,6 +42,9 @@ class DataConfig(Section):
     """Leave out the images that this file names, such as `kdav data check --quarantine` writes it."""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_MAX_PIXELS)] = 100_000_000
     """Images with more pixels stop the run before it begins: decoding a few of them would fill the memory."""
+    check: Literal["decode", "ends"] = "decode"
+    """What is looked at before a run begins, and not again as long as no file changes: all pixels of every image, which
+    finds damage that decoders pass over in silence, or only the ends and the header of each file."""
     train_subset: Count | None = None
     """Train on this many images, drawn once with the run's seed. Default: all."""
 

@@ -12,6 +12,7 @@ _FILE = "config.yaml"
 _FREE = {
     "run_dir",
     "device",
+    "data.check",
     "data.root",
     "data.download",
     "data.workers",

@@ -125,7 +125,8 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
-    cluster.on_first(lambda: [check_images(split, config.data.max_pixels) for split in images])
+    decode = config.data.check == "decode"
+    cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in images])
     data = cluster.on_first(lambda: fingerprint(images))
     cluster.on_first(lambda: check_run_data(config, data))
     classes = images.train.classes

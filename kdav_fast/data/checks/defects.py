@@ -2,6 +2,7 @@
 
 import io
 import re
+from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
 from PIL.BmpImagePlugin import BmpImageFile
@@ -13,6 +14,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from kdav_fast.config.data import PILLOW_MAX_PIXELS
+from kdav_fast.data.checks.jpeg import jpeg_damage
 from kdav_fast.data.image_set import EncodedImages
 
 _HEAD_BYTES = 16
@@ -64,7 +66,8 @@ def image_defect(file: BinaryIO, max_pixels: int | None = None, decode: bool = F
     Args:
         file: the bytes; left open.
         max_pixels: the most an image may have; `None`: what can be opened at all.
-        decode: also decode all of it, instead of only where its ends look wrong.
+        decode: also decode all of it, instead of only where its ends look wrong. Of what is damaged inside, that
+            finds what breaks the format: see `jpeg_damage`; PNG has check sums, the others have none.
 
     Raises:
         OSError: the file cannot be read.
@@ -96,27 +99,35 @@ def _defect(file: BinaryIO, max_pixels: int | None, decode: bool) -> str | None:
             file.seek(0)
             if b"IEND" not in file.read():
                 return "truncated"  # Pillow may overlook a missing end; DALI does not
-    file.seek(0)
-    return _opinion_of_pillow(file, _FORMATS[kind][1], max_pixels, decode)
-
-
-def _opinion_of_pillow(
-    file: BinaryIO, plugin: type[ImageFile], max_pixels: int | None, decode: bool
-) -> str | None:
     try:
         # Not by Image.open, which warns of large images or refuses them without saying how large they are.
-        image = plugin(file, "")
-        width, height = image.size
+        width, height = _opened(file, kind).size
         if width * height > (max_pixels or PILLOW_MAX_PIXELS):
             limit = f"data.max_pixels={max_pixels}" if max_pixels else f"the {PILLOW_MAX_PIXELS} Pillow opens"
             return f"{width} x {height} pixels, more than {limit}"
-        if decode:
-            image.load()
+        damage = _decode(file, kind) if decode else None
     except Exception as error:  # the plugins raise whatever they stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the file system
-        text = " ".join(str(error).split())
-        return "truncated" if "truncated" in text.lower() else f"damaged: {text or type(error).__name__}"
+        damage = " ".join(str(error).split()) or type(error).__name__
+    if damage is None:
+        return None
+    return "truncated" if re.search("truncated|premature end of jpeg", damage, re.I) else f"damaged: {damage}"
+
+
+def _opened(file: BinaryIO, kind: str) -> ImageFile:
+    """By Pillow, which reads the header."""
+    file.seek(0)
+    return _FORMATS[kind][1](file, "")
+
+
+def _decode(file: BinaryIO, kind: str) -> str | None:
+    """What is wrong inside, or `None`; raises what Pillow does."""
+    if kind == "JPEG":
+        file.seek(0)
+        with suppress(ValueError):  # Pillow knows more kinds
+            return jpeg_damage(file.read())
+    _opened(file, kind).load()
     return None
 
 

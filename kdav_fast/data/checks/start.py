@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -19,21 +20,25 @@ from kdav_fast.data.image_set import EncodedImages, ImageSet, printable
 from kdav_fast.errors import InputError
 
 _CHUNK = 256  # images a task of the thread pool: one at a time costs more in bookkeeping than in reading
+DECODING_CHUNK = 16  # decoding is slow, and the bar shall move
+_READERS = 16
 T = TypeVar("T")
 
 
-def check_images(images: ImageSet, max_pixels: int, workers: int = 16, progress: bool = True) -> None:
-    """Scan all images of a split for empty, truncated, foreign and too large ones; a few KiB are read of each.
+def check_images(
+    images: ImageSet, max_pixels: int, decode: bool = True, workers: int | None = None, progress: bool = True
+) -> None:
+    """Scan all images of a split for empty, truncated, foreign, too large and damaged ones.
 
     A clean scan is remembered under names, sizes and modification times, so that the next one only asks for
-    those. Decoded images need no check. What a file's middle holds shows only when it is decoded, which
-    `kdav data check --decode` does. One process a machine or job is enough: the caller scans on rank 0 and
+    those. Decoded images need no check. One process a machine or job is enough: the caller scans on rank 0 and
     lets the others wait.
 
     Args:
         images: the split to scan.
         max_pixels: larger images are defects.
-        workers: threads; they wait for the file system most of the time, so more than there are cores.
+        decode: decode every image once; else a few KiB are read of each, and damage inside is not found.
+        workers: threads. Default: 16, since they may wait for the file system, or as many as cores if these are more.
         progress: show a bar on stderr once the scan has taken two seconds.
 
     Raises:
@@ -41,24 +46,36 @@ def check_images(images: ImageSet, max_pixels: int, workers: int = 16, progress:
     """
     if not isinstance(images, EncodedImages):
         return
-    state = hashlib.sha256(f"{images.root.resolve()}\0{max_pixels}\n".encode("utf-8", "surrogateescape"))
-    for line in scan(images, partial(_signature_line, images), workers, None):
-        state.update(line)
-    record = cache_folder() / "clean-scans" / f"{state.hexdigest()}.json"
+    workers = workers or max(_READERS, len(os.sched_getaffinity(0)))
+    record = clean_record(images, max_pixels, decode, workers)
     if record.exists():
         return
     bar = tqdm(
         total=len(images),
-        desc=f"checking {images.split}",
+        desc=f"{'decoding' if decode else 'looking at'} {images.split} once",
         unit="image",
         delay=2,
         disable=None if progress else True,
     )
     with bar:
-        found = scan(images, partial(examine, images, max_pixels=max_pixels), workers, bar)
+        look = partial(examine, images, max_pixels=max_pixels, decode=decode)
+        found = scan(images, look, workers, bar, DECODING_CHUNK if decode else _CHUNK)
         defects = [_named(images, i, finding.defect) for i, finding in enumerate(found) if finding.defect]
     if defects:
         raise defects_error(images, defects)
+    remember_clean(record, images)
+
+
+def clean_record(images: EncodedImages, max_pixels: int, decode: bool, workers: int) -> Path:
+    """The file that is there if these images, as they are now, were found sound."""
+    state = hashlib.sha256(os.fsencode(f"{images.root.resolve()}\0{max_pixels} {decode}\n"))
+    for line in scan(images, partial(_signature_line, images), workers, None):
+        state.update(line)
+    return cache_folder() / "clean-scans" / f"{state.hexdigest()}.json"
+
+
+def remember_clean(record: Path, images: EncodedImages) -> None:
+    """Let `check_images` pass over a split that was as `record` says, and found sound, from now on."""
     content = {"root": printable(str(images.root)), "images": len(images)}
     with contextlib.suppress(OSError):  # the record only saves time: without a writable cache, scan again
         write_atomically(record, json.dumps(content).encode())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kdav_fast.config import DataConfig, apply_overrides, parse_config
 from kdav_fast.data.checks.class_tree import ClassTree, Remark, compare_classes, walk_classes
 from kdav_fast.data.checks.defects import examine
-from kdav_fast.data.checks.start import scan
+from kdav_fast.data.checks.start import DECODING_CHUNK, clean_record, remember_clean, scan
 from kdav_fast.data.image_set import EncodedImages, printable
 from kdav_fast.data.sources import open_images
 from kdav_fast.data.sources.folder import ImageFolder, index_folder, open_evaluation_folder
@@ -22,7 +22,6 @@ from kdav_fast.errors import InputError
 
 _EVALUATION = ("val", "test")
 _READERS = 16  # threads that mostly wait for the file system
-_DECODING_CHUNK = 16  # images a task: decoding is slow, and the bar shall move
 
 
 @dataclass
@@ -143,8 +142,11 @@ def survey(
 def _examine_images(
     images: EncodedImages, look: partial, result: Survey, bar: tqdm, workers: int, decode: bool
 ) -> None:
-    chunk = {"chunk": _DECODING_CHUNK} if decode else {}
-    found = scan(images, partial(look, images), workers, bar, **chunk)
+    chunk = {"chunk": DECODING_CHUNK} if decode else {}
+    record = clean_record(images, look.keywords["max_pixels"], decode, workers)
+    found = list(scan(images, partial(look, images), workers, bar, **chunk))
+    if not any(finding.defect for finding in found):
+        remember_clean(record, images)  # a run need not look again
     for position, finding in enumerate(found):
         name = images.name(position)
         if finding.defect:

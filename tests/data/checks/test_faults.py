@@ -9,18 +9,23 @@ import io
 import os
 import shutil
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from kdav_fast.cli import main
 from kdav_fast.data.checks.start import check_images
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import open_folder
+from kdav_fast.data.sources.skip_list import leave_out
+from kdav_fast.data.sources.tar_shards import open_shards
 from kdav_fast.errors import InputError
+from tests.data.checks.jpeg_files import damaged
 
 MAX_PIXELS = 100_000_000
 COLOUR = (200, 100, 50)
@@ -157,6 +162,88 @@ def test_broken_images_stop_the_loaders(root, broken, make_loader):
     message = refusal(list, make_loader(train_of(root), batch_size=2))
     name, defect = broken
     assert f"1 of 9 images in {root} cannot be used: {name} ({defect});" in message
+
+
+INSIDE = {
+    "cut-with-end-mark.jpg": next(damaged("cut in half, end mark added")),
+    "zeroed-half.jpg": next(damaged("second half zeroed but for the end mark")),
+    "zeroed-block.jpg": next(damaged("512 bytes zeroed")),
+    "flipped.png": FLAT_PNG[:50] + bytes([FLAT_PNG[50] ^ 1]) + FLAT_PNG[51:],
+}
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damage_inside_stops_a_run_at_start(root, name, split, capsys):
+    """Decoders pass over most of it in silence, so that the loaders cannot be the ones to find it."""
+    (root / split / "a" / name).write_bytes(INSIDE[name])
+    images = open_folder(root)[split == "val"]
+    check_images(images, MAX_PIXELS, decode=False, progress=False)
+    message = refusal(check_images, images, MAX_PIXELS, progress=False)
+    assert f"1 of {len(images)} images in {root} cannot be used: {split}/a/{name} (damaged: " in message
+    assert main(["data", "check", str(root), "--decode", "--quarantine", str(root / "skip")]) == 2
+    assert capsys.readouterr().out.startswith(f"{split}/a/{name}: damaged: ")
+    check_images(leave_out(root / "skip", images)[0], MAX_PIXELS, progress=False)
+
+
+def test_damage_inside_a_shard_is_named(root, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for split, image in (("train", INSIDE["zeroed-block.jpg"]), ("val", flat_jpeg())):
+        with tarfile.open(shards / f"{split}-0.tar", "w") as tar:
+            for name, content in (("x.jpg", image), ("x.cls", b"0")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    train, evaluation = open_shards(shards)
+    check_images(evaluation, MAX_PIXELS, progress=False)
+    assert "train-0.tar/x.jpg (damaged: " in refusal(check_images, train, MAX_PIXELS, progress=False)
+
+
+def test_what_was_decoded_by_the_command_is_not_decoded_again(root, monkeypatch, capsys):
+    assert main(["data", "check", str(root), "--decode"]) == 0
+    monkeypatch.setattr("kdav_fast.data.checks.start.examine", None)
+    for images in open_folder(root):
+        check_images(images, MAX_PIXELS, progress=False)
+    (root / "train/a/0.png").write_bytes(flat_jpeg())
+    with pytest.raises(TypeError):
+        check_images(train_of(root), MAX_PIXELS, progress=False)
+
+
+@pytest.mark.parametrize(("loader", "resident"), [("dali", False), ("torchvision", True)])
+def test_training_and_evaluation_name_a_damaged_image_and_go_on_once_it_is_mended(
+    root, loader, resident, tmp_path, capsys
+):
+    """Through the command line: one line, exit code 2, and the same command afterwards."""
+    (root / "train/b").mkdir()
+    (root / "val/b").mkdir()
+    for place in ("train/b/0.jpg", "train/b/1.jpg", "val/b/0.jpg"):
+        (root / place).write_bytes(INSIDE["cut-with-end-mark.jpg"])
+    keys = {
+        "data": {"name": "folder", "root": str(root), "loader": loader, "resident": resident}
+        | {"image_size": 8, "crop": "none", "workers": 1},
+        "model": {"name": "cifar:resnet8", "width": 0.25},
+        "train": {"epochs": 1, "batch_size": 4},
+    }
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({"run_dir": str(tmp_path / "run"), "device": "cpu"} | keys))
+
+    def train() -> str:
+        code = main(["train", str(config)])
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdav: error")]
+        assert code == (2 if lines else 0)
+        return "".join(lines)
+
+    assert "2 of 10 images" in (message := train())
+    assert "train/b/0.jpg (damaged: premature end of data segment), train/b/1.jpg (damaged" in message
+    for place in ("train/b/0.jpg", "train/b/1.jpg"):
+        (root / place).write_bytes(flat_jpeg())
+    assert "val/b/0.jpg (damaged: premature end of data segment)" in train()
+    (root / "val/b/0.jpg").write_bytes(flat_jpeg())
+    assert train() == ""
+    (root / "val/b/0.jpg").write_bytes(INSIDE["zeroed-block.jpg"])
+    assert main(["evaluate", str(tmp_path / "run")]) == 2
+    assert "val/b/0.jpg (damaged: " in capsys.readouterr().err
 
 
 def test_an_image_that_vanishes_during_training_is_named(root, make_loader):
