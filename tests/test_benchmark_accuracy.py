@@ -1,12 +1,8 @@
 """The accuracy benchmark: what a student is fed, what is made of the results, and a whole small run."""
 
 import json
-import os
 import statistics
-import subprocess
-import sys
 from itertools import chain
-from pathlib import Path
 
 import accuracy
 import accuracy_data
@@ -21,8 +17,8 @@ from safetensors.torch import save_file
 
 from kdav_fast.models import build_classifier
 from kdav_fast.outputs import Outputs
+from tests.benchmark_scripts import completed, refusal
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CLASSES, COUNT = 3, 10
 NETWORKS = ["teacher.name=cifar:resnet8", "teacher.width=0.25", "model.width=0.25", "data.image_size=16"]
 
@@ -127,12 +123,6 @@ def test_targets_are_judged_by_the_means(kd, met, near):
     assert untrained["measured"] is None
 
 
-def launch(*arguments):
-    command = [sys.executable, str(BENCHMARKS / "accuracy.py"), "--device=cpu", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-
-
 @pytest.fixture
 def folder(tmp_path):
     """140 training images of noise, 8 others, and a teacher that nobody has trained."""
@@ -186,8 +176,29 @@ def test_accuracy_is_the_percentage_of_images_classified_right(study):
     assert top1(student, study, study.evaluation_pixels[:0], study.evaluation_labels[:0]) is None
 
 
+def test_what_an_earlier_attempt_trained_is_found_and_nothing_else(tmp_path):
+    listed = tasks(PRESETS["cpu"], "torch")
+    file, circumstances = tmp_path / "students.jsonl", ["teacher", {"width": 0.5}]
+    log = accuracy.Log(file, circumstances)
+    assert log.find(listed[0]) is None
+    log.add(listed[0], {"top1": 50.0})
+    again = accuracy.Log(file, circumstances)
+    assert again.find(listed[0])["top1"] == 50.0
+    assert not any(again.find(task) for task in listed[1:])
+    wider = accuracy.Log(file, ["teacher", {"width": 1.0}])
+    assert wider.find(listed[0]) is None
+    wider.add(listed[0], {"top1": 60.0})
+    assert accuracy.Log(file, circumstances).find(listed[0])["top1"] == 50.0
+
+
+@pytest.mark.slow
 def test_a_small_run_is_finished_by_the_same_command(folder):
-    arguments = [f"--root={folder}/images", f"--teacher={folder}/teacher.safetensors", "--workers=1"]
+    arguments = [
+        "--device=cpu",
+        f"--root={folder}/images",
+        f"--teacher={folder}/teacher.safetensors",
+        "--workers=1",
+    ]
     arguments += [
         f"--work={folder}/work",
         "--eager",
@@ -197,19 +208,16 @@ def test_a_small_run_is_finished_by_the_same_command(folder):
     ]
     arguments += [f"--json={folder}/result.json", "--override", *NETWORKS]
     methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1)"]
-    first = launch(*arguments, "--seeds=1", *methods)
-    assert first.returncode == 0, first.stderr
+    completed("accuracy.py", [*arguments, "--seeds=1", *methods])
     log = folder / "work" / "students.jsonl"
     lines = log.read_text().splitlines()
     assert len(lines) == len(MAIN) + 1
 
-    second = launch(*arguments, "--seeds=2", *methods)
-    assert second.returncode == 0, second.stderr
+    completed("accuracy.py", [*arguments, "--seeds=2", *methods])
     assert log.read_text().splitlines()[: len(lines)] == lines
     assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 1
     record = json.loads((folder / "result.json").read_text())
-    wider = launch(*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD")
-    assert wider.returncode == 0, wider.stderr
+    completed("accuracy.py", [*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD"])
     assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 2  # another student is not the one of the log
     seeds = {row["method"]: row["seeds"] for row in record["rows"]}
     assert seeds == {
@@ -235,8 +243,6 @@ def test_a_small_run_is_finished_by_the_same_command(folder):
         ),
     ],
 )
-def test_bad_input_is_one_line(tmp_path, arguments, message):
-    process = launch(f"--work={tmp_path}", *arguments)
-    assert process.returncode == 2
-    (line,) = process.stderr.splitlines()
-    assert message in line
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    given = ["--device=cpu", f"--work={tmp_path}", *arguments]
+    assert message in refusal("accuracy.py", given, monkeypatch, capsys)

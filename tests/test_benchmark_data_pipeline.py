@@ -1,29 +1,20 @@
 """The data benchmark runs on a handful of images, and its file says what it must. No speed is asserted."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.benchmark_scripts import refusal, save_images
-
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "data_pipeline.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+from tests.benchmark_scripts import completed, refusal, save_images
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The finished process, its result and its folder. In a process of its own, since it pins itself to cores."""
+    """The finished process, its result and its folder."""
     folder = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(SCRIPT), "--device=cpu", "--root", str(save_images(folder / "pictures"))]
-    command += [f"--json={folder}/result.json", "--images=8", "--batch-size=4", "--size=16", "--cores=1"]
-    command += ["--seconds=0.05", "--round-seconds=0.02"]
-    process = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert process.returncode == 0, process.stderr
+    arguments = ["--device=cpu", "--root", str(save_images(folder / "pictures")), "--images=8", "--size=16"]
+    arguments += [f"--json={folder}/result.json", "--batch-size=4", "--cores=1"]
+    process = completed("data_pipeline.py", [*arguments, "--seconds=0.05", "--round-seconds=0.02"])
     return process, json.loads((folder / "result.json").read_text()), folder
 
 

@@ -1,8 +1,6 @@
 """The scaling model against formulas by hand, and the measurement on the smallest networks. No time is asserted."""
 
 import json
-import os
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -10,11 +8,12 @@ from pathlib import Path
 import pytest
 import scale_model
 
-from tests.benchmark_scripts import refusal
+from tests.benchmark_scripts import completed, refusal
+from tests.train import processes
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SCRIPT = BENCHMARKS / "scale.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+SMALLEST = ["--teacher=cifar:resnet8", "--student=cifar:resnet8", "--classes=4", "--image-size=8"]
+SMALLEST += ["--batch-size=4", "--memory-length=16", "--device=cpu"]
 
 
 def test_ring_of_two_by_hand():
@@ -116,31 +115,38 @@ def test_a_measured_step_of_the_same_networks_stands_for_the_assumed_one(tmp_pat
     assert scale_curves.measured_step(tmp_path) is None
 
 
+def step_on_two_ranks(folder):
+    """What one rank says of a step of the smallest run: its collectives, and what their sizes follow from."""
+    import scale_process
+
+    process = scale_process.Process(folder / "recipe.yaml", ["train.batch_size=8"])
+    print(json.dumps([process.calls(), process.facts()]))
+
+
+def test_the_model_counts_the_collectives_that_a_step_makes(tmp_path, monkeypatch):
+    import scale
+    import scale_groups
+
+    monkeypatch.setattr(sys, "argv", ["scale.py", *SMALLEST])
+    options = scale.read_options()
+    scale_groups.write_data(tmp_path, options.classes, options.image_size)
+    scale_groups.write_recipe(tmp_path, options)
+    texts = processes.run([__file__, str(tmp_path)], 2)
+    for calls, facts in (json.loads(text.splitlines()[-1]) for text in texts):
+        expected = scale_model.step_collectives(**facts)
+        assert [tuple(call) for call in calls] == [(one.kind, one.bytes) for one in expected]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The finished process, its result and its folder: two processes of the smallest run."""
     folder = tmp_path_factory.mktemp("scale")
-    command = [
-        sys.executable,
-        str(SCRIPT),
-        "--device=cpu",
-        "--processes",
-        "2",
-        f"--json={folder}/result.json",
-    ]
-    command += ["--teacher=cifar:resnet8", "--student=cifar:resnet8", "--classes=4", "--image-size=8"]
-    command += ["--batch-size=4", "--memory-length=16", "--rounds=1", "--round-seconds=0.02"]
-    process = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert process.returncode == 0, process.stderr
+    arguments = [*SMALLEST, f"--json={folder}/result.json", "--processes=2", "--rounds=1"]
+    process = completed("scale.py", [*arguments, "--round-seconds=0.02"])
     return process, json.loads((folder / "result.json").read_text()), folder
 
 
-def test_the_model_counts_the_collectives_that_a_step_makes(finished):
-    _, result, _ = finished
-    made = [tuple(call) for call in result["pieces"][0]["calls"]]
-    assert made == [(one["kind"], one["bytes"]) for one in result["rows"][0]["collectives"]]
-
-
+@pytest.mark.slow
 def test_the_prediction_is_the_sum_of_its_pieces(finished):
     _, result, _ = finished
     row, piece = result["rows"][0], result["pieces"][0]
@@ -154,6 +160,7 @@ def test_the_prediction_is_the_sum_of_its_pieces(finished):
     assert row["pieces_s"]["gradients"] == pytest.approx(by_hand)
 
 
+@pytest.mark.slow
 def test_the_curves_reach_1024_and_say_what_they_assume(finished):
     process, result, folder = finished
     series = {row["series"] for row in result["curves"]}
@@ -190,3 +197,8 @@ def test_ends_with_one_line_where_it_cannot_measure(tmp_path, monkeypatch, capsy
     usual = ["--device=cpu", "--json=result.json"]
     assert reason in refusal("scale.py", [*usual, *arguments], monkeypatch, capsys)
     assert not (tmp_path / "result.json").exists()
+
+
+if __name__ == "__main__":
+    sys.path.append(str(BENCHMARKS))
+    step_on_two_ranks(Path(sys.argv[1]))

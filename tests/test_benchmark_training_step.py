@@ -1,19 +1,16 @@
 """The benchmark of the whole step runs on tiny networks, and its file says what it must. No speed is asserted."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.benchmark_scripts import refusal, save_images
+from tests.benchmark_scripts import completed, refusal, save_images
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "training_step.py"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
 TINY = [
     *("--device=cpu", "--teacher=cifar:resnet8", "--student=cifar:resnet8", "--image-size=16", "--cores=1"),
     *("--batch-size=8", "--classes=4", "--memory-length=64", "--images=6", "--round-seconds=0.02"),
@@ -25,10 +22,8 @@ PHASES = ["data", "teacher", "student", "loss", "backward", "optimizer"]
 
 
 def measured(folder, *arguments):
-    """The finished process and its result. In a process of its own, since it pins itself to cores."""
-    command = [sys.executable, str(SCRIPT), *TINY, f"--json={folder}/result.json", *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
-    assert process.returncode == 0, process.stderr
+    """The finished process and its result."""
+    process = completed("training_step.py", [*TINY, f"--json={folder}/result.json", *arguments])
     return process, json.loads((folder / "result.json").read_text())
 
 

@@ -143,7 +143,7 @@ def launch(small_config, teacher_run, tmp_path_factory):
         )
         file = config.run_dir.parent / "run.yaml"
         file.write_text(dump_config(config))
-        group = processes.start([PROGRAM, str(file), what, "1", str(steps)], world=2)
+        group = processes.fork([PROGRAM, str(file), what, "1", str(steps)], world=2)
         texts = processes.outputs(group)
         return config.run_dir, [process.returncode for process in group], texts
 
