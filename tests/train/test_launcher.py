@@ -18,20 +18,21 @@ from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import IMAGENET
 from kdav_fast.student_file import read_student
 from kdav_fast.train.loop import run_training
+from tests.train import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def launch(config, *overrides: str, processes: int = 2) -> subprocess.CompletedProcess:
-    """Run a config under the deepspeed launcher with one thread a process."""
+def launch(config, *overrides: str) -> subprocess.CompletedProcess:
+    """Run a config in two processes under the deepspeed launcher with one thread a process."""
     file = config.run_dir.parent / f"{config.run_dir.name}.yaml"
     file.write_text(dump_config(config))
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [
         str(launcher),
         "--num_accelerators",
-        str(processes),
+        "2",
         "--master_port",
         str(29500 + os.getpid() % 1000),
     ]
@@ -161,10 +162,23 @@ def test_one_process_continues_what_two_began_only_if_told_to(two_process_run, t
     assert ours == theirs
 
 
+BAD_BATCH = (
+    "kdav: error: train.batch_size is 33; with 2 processes and train.accumulate=1 it must be a multiple of 2"
+)
+
+
 def test_bad_input_is_one_line_and_exit_code_2_on_two_processes(small_config, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_config(small_config(tmp_path / "run")))
+    group = processes.fork(["launch/distill.py", str(file), "train.batch_size=33"], 2)
+    lines = "".join(processes.outputs(group)).splitlines()
+    assert [process.returncode for process in group] == [2, 2], lines
+    assert [line for line in lines if "kdav: error" in line] == [BAD_BATCH]
+
+
+@pytest.mark.slow
+def test_the_launcher_hands_on_the_line_and_the_exit_code(small_config, tmp_path):
     result = launch(small_config(tmp_path / "run"), "train.batch_size=33")
     assert result.returncode == 2, result.stdout + result.stderr
     errors = [line for line in (result.stdout + result.stderr).splitlines() if "kdav: error" in line]
-    assert errors == [
-        "kdav: error: train.batch_size is 33; with 2 processes and train.accumulate=1 it must be a multiple of 2"
-    ]
+    assert errors == [BAD_BATCH]
