@@ -83,6 +83,16 @@ def _parser() -> argparse.ArgumentParser:
         sub = add(name, command, summary)
         sub.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; launch/ holds recipes")
         add_overrides(sub)
+        sub.add_argument(
+            "--extend",
+            action="store_true",
+            help="train the run of run_dir on to more train.epochs than it had",
+        )
+        sub.add_argument(
+            "--check",
+            action="store_true",
+            help="do all that comes before the first step, then stop; writes nothing",
+        )
         # The deepspeed launcher passes this; the environment says the same.
         sub.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
@@ -141,11 +151,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(config: Config) -> int:
+def _run(config: Config, options: argparse.Namespace) -> int:
+    if options.check:
+        from kdav_fast.train.check import check_training
+
+        check_training(config, options.extend)
+        return 0
+
     from kdav_fast.train.loop import run_training
     from kdav_fast.train.stopping import STOPPED
 
-    accuracy = run_training(config)
+    accuracy = run_training(config, options.extend)
     if accuracy is None:
         return STOPPED
     if os.environ.get("RANK", "0") == "0":
@@ -154,7 +170,7 @@ def _run(config: Config) -> int:
 
 
 def _distill(options: argparse.Namespace) -> int:
-    return _run(load_config(options.config, options.overrides))
+    return _run(load_config(options.config, options.overrides), options)
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -164,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
             f"distiller.name is '{config.distiller.name}', but 'kdav train' learns from labels only; "
             "use 'kdav distill', or set distiller.name=none"
         )
-    return _run(config)
+    return _run(config, options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

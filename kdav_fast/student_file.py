@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -41,6 +42,8 @@ class StudentCard(Section):
     epoch: float
     steps: Count | None = None
     """Optimizer steps that the run was to take; None in files that do not tell."""
+    epochs: Positive | None = None
+    """The same in epochs: `train.epochs`."""
 
     @property
     def normalization(self) -> Normalization:
@@ -125,6 +128,33 @@ def _check_checkpoint(file: Path) -> None:
         raise InputError(f"checkpoint {file.parent} is damaged: {problem}; give the folder of an earlier one")
 
 
+def read_file_card(file: Path) -> StudentCard:
+    """The card of a safetensors file, without its weights.
+
+    Raises:
+        InputError: it cannot be read, or has none.
+    """
+    try:
+        with safe_open(file, framework="pt") as content:
+            card = read_card(dict(content.metadata() or {}))
+    except (SafetensorError, OSError) as error:
+        raise InputError(
+            f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); copy it again"
+        ) from None
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from None
+    if card is None:
+        raise _without_card(file)
+    return card
+
+
+def _without_card(file: Path) -> InputError:
+    return InputError(
+        f"{file} carries no '{CARD_KEY}' metadata, so its architecture is unknown; give a run, or a file "
+        "that 'kdav export' wrote"
+    )
+
+
 def read_student(path: Path) -> tuple[Student, StudentCard]:
     """Rebuild a student from a file that `write_student` wrote.
 
@@ -138,10 +168,7 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
     weights, metadata = load_weights(file)
     card = read_card(metadata)
     if card is None:
-        raise InputError(
-            f"{file} carries no '{CARD_KEY}' metadata, so its architecture is unknown; give a run, or a file "
-            "that 'kdav export' wrote"
-        )
+        raise _without_card(file)
     network = build_classifier(card.name, len(card.classes), width=card.width)
     head = None
     if card.embedding_width is not None:

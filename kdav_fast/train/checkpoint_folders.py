@@ -39,6 +39,7 @@ class CheckpointFolders:
         keep: how many of the newest to keep.
         keep_best: keep the one with the highest score too.
         before_write: called by the first rank before it changes anything; may raise `InputError`.
+        read_only: `newest_intact` changes nothing; nothing is saved.
     """
 
     def __init__(
@@ -48,9 +49,10 @@ class CheckpointFolders:
         keep: int,
         keep_best: bool,
         before_write: Callable[[], None] = lambda: None,
+        read_only: bool = False,
     ) -> None:
         self._root, self._cluster, self._keep, self._keep_best = root, cluster, keep, keep_best
-        self._before_write = before_write
+        self._before_write, self._read_only = before_write, read_only
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: tuple[int, Path, dict[str, Any], Future] | None = None
         self._damaged: list[Path] = []  # newer than the one that the run continues from
@@ -156,7 +158,7 @@ class CheckpointFolders:
         return None
 
     def _newest_first(self) -> list[Path]:
-        folders = sorted(_named(self._root), key=step_of, reverse=True)
+        folders = sorted(checkpoint_folders(self._root), key=step_of, reverse=True)
         pointer = self._root / LATEST
         if pointer.is_file():
             name = pointer.read_text(encoding="utf-8", errors="replace").strip()
@@ -180,12 +182,14 @@ class CheckpointFolders:
     def _mend_pointer(self, folder: Path) -> None:
         """A crash just before the pointer's turn leaves it one behind: of a finished run no save would put it right."""
         pointer = self._root / LATEST
+        if self._read_only:
+            return
         with suppress(OSError):  # the run itself does not need it, and may only be allowed to read
             if not pointer.is_file() or pointer.read_bytes() != f"{folder.name}\n".encode():
                 self._point_to(folder)
 
     def _drop_old(self) -> None:
-        folders = sorted(_named(self._root), key=step_of)
+        folders = sorted(checkpoint_folders(self._root), key=step_of)
         kept = set(folders[-self._keep :])
         if self._keep_best:
             scores = {folder: read_manifest(folder)[0].get("score") for folder in folders}
@@ -198,7 +202,8 @@ class CheckpointFolders:
                 shutil.rmtree(nameless, ignore_errors=True)  # a crash leaves no half of a checkpoint
 
 
-def _named(root: Path) -> list[Path]:
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Whole or damaged, in any order; none if there is no such folder."""
     return [path for path in root.glob("step-*") if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
 
 

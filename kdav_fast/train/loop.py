@@ -15,9 +15,11 @@ from kdav_fast.metrics_log import MetricsLog
 from kdav_fast.report import write_report
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
+from kdav_fast.tracking.class_results import ClassTally, write_class_results
 from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.checkpoint_folders import CheckpointFolders
 from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.train.extension import check_extension, extension_line, is_complete
 from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.progress import Progress
@@ -29,8 +31,12 @@ from kdav_fast.train.step import take_step
 from kdav_fast.train.stopping import StopRequest
 
 
-def run_training(config: Config) -> Accuracy | None:
+def run_training(config: Config, extend: bool = False) -> Accuracy | None:
     """Train as a config says, or continue in its run folder where an earlier attempt left off.
+
+    Args:
+        config: of the run.
+        extend: `train.epochs` may be more than those that the folder's run was begun with, finished or not.
 
     Returns:
         The final accuracy, or None if a signal stopped the run early, its state saved.
@@ -42,24 +48,23 @@ def run_training(config: Config) -> Accuracy | None:
     """
     cluster = start_cluster(config.device, config.train.comm_timeout)
     with Liveness(cluster.rank, cluster.world, cluster.control).naming_lost_ranks():
-        return _run_training(config, cluster)
+        return _run_training(config, cluster, extend)
 
 
-def _run_training(config: Config, cluster: Cluster) -> Accuracy | None:
+def _run_training(config: Config, cluster: Cluster, extend: bool) -> Accuracy | None:
     lock = RunLock(config.run_dir)
     cluster.on_first(lock.acquire)
     try:
-        return _run_in_folder(config, cluster, lock)
+        return _run_in_folder(config, cluster, lock, extend)
     finally:
         lock.release()
 
 
-def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock) -> Accuracy | None:
-    cluster.on_first(lambda: check_run_folder(config))
-    parts = set_up(config, cluster)
+def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock, extend: bool) -> Accuracy | None:
+    parts, extended = prepare(config, cluster, extend)
     cluster.on_first(lambda: write_run_config(config))
     cluster.on_first(lambda: write_run_data(config.run_dir, parts.data))
-    if (config.run_dir / FILE_NAME).exists():
+    if cluster.on_first(lambda: is_complete(config)):
         student, card = read_student(config.run_dir)
         cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
         return evaluate(student.to(cluster.device), parts.loaders.evaluation, cluster, parts.dtype)
@@ -77,10 +82,24 @@ def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock) -> Accuracy 
                 return None
             begin_checkpoint(checkpoints, parts, 0, None)
             checkpoints.finish()
+        if step and extended:
+            cluster.say(extension_line(config, extended, step, parts.steps))
         accuracy = train(parts, step or 0, checkpoints, stop, lock)
     if accuracy is not None:
         write_results(parts, lock)
     return accuracy
+
+
+def prepare(config: Config, cluster: Cluster, extend: bool) -> tuple[Parts, float | None]:
+    """The parts of a run that its folder allows, and the epochs that it had if this start extends them."""
+
+    def check() -> float | None:
+        extended = check_run_folder(config, extend)
+        check_extension(config)
+        return extended
+
+    extended = cluster.on_first(check)
+    return set_up(config, cluster), extended
 
 
 def train(
@@ -175,10 +194,12 @@ def write_results(parts: Parts, lock: RunLock) -> None:
     run_dir = parts.run_dir
     with parts.savable():
         weights = parts.evaluated_student.weights()
+    by_class = parts.tally.results(parts.loaders.classes, parts.cluster)
 
     def write() -> None:
         lock.check()
         try:
+            write_class_results(run_dir, by_class, parts.steps)
             # The student last: with it, the run is complete.
             write_report({run_dir.name: run_dir}, run_dir / "report", title=str(run_dir))
             write_student(run_dir / FILE_NAME, weights, parts.card(parts.steps))
@@ -194,7 +215,9 @@ def write_results(parts: Parts, lock: RunLock) -> None:
 def evaluate_student(parts: Parts) -> Accuracy:
     """Accuracy of the student, or of its average, at this moment."""
     with parts.evaluable():
-        return evaluate(parts.evaluated_student, parts.loaders.evaluation, parts.cluster, parts.dtype)
+        parts.tally = ClassTally()
+        network, loader = parts.evaluated_student, parts.loaders.evaluation
+        return evaluate(network, loader, parts.cluster, parts.dtype, parts.tally)
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:

@@ -31,14 +31,23 @@ _FREE = {
 }
 
 
-def check_run_folder(config: Config) -> None:
+def check_run_folder(config: Config, extend: bool = False) -> float | None:
     """Raise `InputError` if the folder belongs to another config; it names the first differing key.
 
     A key that the folder's version did not know has its default: it is what that run did.
+
+    Args:
+        config: of this start.
+        extend: `train.epochs` may be more than there.
+
+    Returns:
+        The folder's `train.epochs`, if this start extends them.
     """
     file = config.run_dir / _FILE
     if not file.exists():
-        return
+        if extend:
+            raise InputError(f"run_dir {config.run_dir} holds no run that could be extended; drop --extend")
+        return None
     saved = read_run_config(config.run_dir)
     try:
         there = flat(parse_config(saved).model_dump(mode="json"))
@@ -47,12 +56,24 @@ def check_run_folder(config: Config) -> None:
             f"run_dir {config.run_dir} cannot be continued: {error}; use another run_dir"
         ) from None
     here = flat(config.model_dump(mode="json"))
+    epochs, wanted = there["train.epochs"], here["train.epochs"]
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) != here.get(key) and key not in _FREE:
-            raise InputError(
-                f"run_dir {config.run_dir} belongs to another config: {key} is {there.get(key)!r} there and "
-                f"{here.get(key)!r} here; use the same value to continue that run, or another run_dir"
+        if there.get(key) == here.get(key) or key in _FREE:
+            continue
+        remedy = "use the same value to continue that run, or another run_dir"
+        if key == "train.epochs" and extend and wanted > epochs:
+            continue
+        if key == "train.epochs" and wanted > epochs:
+            remedy = (
+                "use the same value to continue that run, --extend to train it further, or another run_dir"
             )
+        elif key == "train.epochs":
+            remedy = "a run can be extended but not shortened: use the same value, or another run_dir"
+        raise InputError(
+            f"run_dir {config.run_dir} belongs to another config: {key} is {there.get(key)!r} there and "
+            f"{here.get(key)!r} here; {remedy}"
+        )
+    return epochs if wanted > epochs else None
 
 
 def write_run_config(config: Config) -> None:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_classifier, renormalization
 from kdav_fast.student import Student
 from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
+from kdav_fast.tracking.class_results import ClassTally
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.engine import StudentEngine, micro_batch_size, shard_for_inference
 from kdav_fast.train.host_memory import keep_freed_memory
@@ -56,6 +57,8 @@ class Parts:
     """Optimizer steps an epoch."""
     lr: Callable[[int], float]
     """Learning rate of the step about to be taken, 0 .. steps - 1."""
+    tally: ClassTally = field(default_factory=ClassTally)
+    """How the latest evaluation went class by class."""
     skipped_steps: int = 0
     """Steps of the whole run that were not taken, because something was not finite."""
 
@@ -98,6 +101,7 @@ class Parts:
             step=step,
             epoch=self.epoch(step),
             steps=self.steps,
+            epochs=self.config.train.epochs,
         )
 
 

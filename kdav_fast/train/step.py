@@ -39,6 +39,16 @@ def take_step(
     Returns:
         Whether the step was taken or, because something was not finite, skipped; and its micro-batches.
     """
+    seen = find_gradients(parts, batches, phase)
+    with phase("optimizer"):
+        taken = parts.engine.step(lr)
+    return taken, seen
+
+
+def find_gradients(
+    parts: Parts, batches: Iterator[Batch], phase: Phase = lambda name: nullcontext()
+) -> list[MicroBatch]:
+    """The part of `take_step` before the optimizer's."""
     accumulate = parts.config.train.accumulate
     seen = []
     for micro in range(accumulate):
@@ -57,9 +67,7 @@ def take_step(
             share = _share_of_valid(target, parts.cluster)
             parts.engine.backward(losses.total * share, last=micro + 1 == accumulate)
         seen.append(MicroBatch(student_outputs.logits.detach(), losses, target))
-    with phase("optimizer"):
-        taken = parts.engine.step(lr)
-    return taken, seen
+    return seen
 
 
 def _share_of_valid(target: Target, cluster: Cluster) -> torch.Tensor | float:

@@ -1,0 +1,118 @@
+"""All that a run does before its first optimizer step, and what it found; nothing is written."""
+
+import os
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from kdav_fast.config import Config
+from kdav_fast.errors import InputError
+from kdav_fast.student_file import CHECKPOINTS
+from kdav_fast.train.checkpoint import restore_checkpoint
+from kdav_fast.train.checkpoint_folders import CheckpointFolders
+from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.train.extension import extension_line, is_complete
+from kdav_fast.train.liveness import Liveness
+from kdav_fast.train.loop import prepare
+from kdav_fast.train.setup import Parts
+from kdav_fast.train.step import MicroBatch, find_gradients
+
+_MIB = 2**20
+
+
+def check_training(config: Config, extend: bool = False) -> None:
+    """Set a run up, restore what its folder holds, and take one batch through teacher, student, loss and backward.
+
+    Prints a line for each thing found. Every process of the run must call this. No file in `run_dir` changes, and
+    the folder is neither made nor locked: it may be that of a run at work.
+
+    Args:
+        config: of the run.
+        extend: as in `run_training`.
+
+    Raises:
+        InputError: whatever would stop the run before its first step, and a first batch whose loss is not finite.
+    """
+    cluster = start_cluster(config.device, config.train.comm_timeout)
+    with Liveness(cluster.rank, cluster.world, cluster.control).naming_lost_ranks():
+        cluster.on_first(lambda: _require_writable(config.run_dir))
+        parts, extended = prepare(config, cluster, extend)
+        for line in _set_up_lines(parts):
+            cluster.say(line)
+        if cluster.on_first(lambda: is_complete(config)):
+            cluster.say(f"run_dir: {config.run_dir} is complete; there is nothing to do")
+            return
+        folders = CheckpointFolders(config.run_dir / CHECKPOINTS, cluster, 1, False, read_only=True)
+        step = restore_checkpoint(folders, parts)
+        parts.student.train()
+        seen = find_gradients(parts, iter(parts.loaders.train))
+        cluster.say(_batch_line(seen, parts))
+        cluster.say(f"run_dir: {_start_line(parts, step)}")
+        if step and extended:
+            cluster.say(extension_line(config, extended, step, parts.steps))
+        cluster.say("checked; nothing was written")
+
+
+def _require_writable(run_dir: Path) -> None:
+    """Raise `InputError` unless the folder can be written or made."""
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        why = "it cannot be written" if place.is_dir() else "it is no folder"
+        raise InputError(f"run_dir {run_dir}: of {place}, {why}; give a folder that can be written")
+
+
+def _set_up_lines(parts: Parts) -> Iterator[str]:
+    config, train = parts.config, parts.config.train
+    images, loaders = parts.loaders.train.images_per_epoch, parts.loaders
+    yield (
+        f"data: {images:,} training and {loaders.evaluation.images_per_epoch:,} evaluation images, "
+        f"{len(loaders.classes):,} classes, {config.data.image_size} pixels"
+    )
+    yield f"model: {config.model.name}, {_parameters(parts.student)}"
+    if parts.teacher is not None:
+        yield f"teacher: {config.teacher.name}, {_parameters(parts.teacher)}"
+    if kept := sum(buffer.nbytes for buffer in parts.distiller.buffers()):
+        yield f"distiller: {config.distiller.name}, {kept / _MIB:.1f} MiB of memory"
+    precision = "fp32" if parts.dtype is None else str(parts.dtype).removeprefix("torch.")
+    yield (
+        f"run: {parts.steps:,} steps, {train.epochs:g} epochs of {parts.steps_per_epoch:g}; batches of "
+        f"{train.batch_size:,} over {parts.cluster.world} process{'es' * (parts.cluster.world > 1)}; {precision} on "
+        f"{parts.cluster.device.type}, ZeRO stage {train.zero_stage}"
+    )
+
+
+def _parameters(network: nn.Module) -> str:
+    # What ZeRO-3 has sharded says itself how large it is.
+    count = sum(getattr(p, "ds_numel", p.numel()) for p in network.parameters())
+    return f"{count:,} parameters"
+
+
+def _batch_line(seen: list[MicroBatch], parts: Parts) -> str:
+    """The first batch's loss on all ranks; raises `InputError` if it is not finite."""
+    loss = torch.stack([micro.losses.total.detach().double() for micro in seen]).mean()
+    loss = parts.cluster.sum(loss).item() / parts.cluster.world
+    if not torch.isfinite(torch.tensor(loss)):
+        raise InputError(
+            f"the loss of the first batch is {loss}; look at the teacher's weights, the normalisation of the images "
+            "and train.precision"
+        )
+    return f"first batch: loss {loss:.4g}; {_peak_memory(parts.cluster)}"
+
+
+def _peak_memory(cluster: Cluster) -> str:
+    """Before the optimizer has state: its momentum or moments come on top."""
+    if cluster.device.type == "cuda":
+        peak, where = torch.cuda.max_memory_allocated(cluster.device), "on the GPU"
+    else:
+        peak, where = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "of the first process"
+    return f"at most {peak / _MIB:,.0f} MiB {where} so far, without the optimizer's state"
+
+
+def _start_line(parts: Parts, step: int | None) -> str:
+    run_dir = parts.run_dir
+    if step is not None:
+        return f"{run_dir} would be continued after step {step} of {parts.steps}"
+    return f"{run_dir} {'holds nothing to continue from' if run_dir.exists() else 'would be made'}; the run would begin"
