@@ -51,13 +51,14 @@ class _Versions(argparse.Action):
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Overrides may stand before and after options, which argparse alone does not allow."""
+    """Overrides and images may stand before and after options, which argparse alone does not allow."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and (not hasattr(options, "overrides") or any(word.startswith("-") for word in rest)):
+    words = getattr(options, "overrides", getattr(options, "words", None))
+    if rest and (words is None or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
-        options.overrides += rest
+        words += rest
     return options
 
 
