@@ -55,7 +55,7 @@ class Run:
     label: str
     lines: list[dict[str, Any]]
     config: str | None
-    classes: ClassResults | None
+    classes: ClassResults | None = None
     """Of the evaluation at its end; None before that."""
 
     def series(self, key: str, axis: str) -> tuple[list[float], list[float]]:

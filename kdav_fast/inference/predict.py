@@ -23,7 +23,6 @@ from kdav_fast.train.precision import autocast
 
 # Images whose decoding is begun together: where one fails, no more than these are decoded again.
 _TOGETHER = 2048
-_READERS = 16
 
 
 class Guess(NamedTuple):
@@ -143,10 +142,12 @@ def _answers(
     ask: Callable[[_Files], Tensor], images: _Files, found: list[Prediction], config: Config
 ) -> Iterator[tuple[int, Tensor | str]]:
     """K scores of each image, or why there are none, in order."""
-    look = partial(examine, images, max_pixels=config.data.max_pixels)
+    # All of each image, as before a run: a decoder may make pixels of a damaged one and say nothing.
+    look = partial(examine, images, max_pixels=config.data.max_pixels, decode=True)
+    threads = config.data.workers or len(os.sched_getaffinity(0))
     problems = [
         known.problem or finding.defect
-        for known, finding in zip(found, scan(images, look, _READERS, None), strict=True)
+        for known, finding in zip(found, scan(images, look, threads, None, chunk=16), strict=True)
     ]
     sound = np.array([n for n, problem in enumerate(problems) if not problem], np.int64)
     answers: dict[int, Tensor | str] = dict(enumerate(problems))

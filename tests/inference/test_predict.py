@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from kdav_fast.cli import main
+from kdav_fast.data.checks.defects import Finding
 from kdav_fast.data.sources.digits import prepare_digits
 from kdav_fast.evaluate import evaluate_file
 from kdav_fast.export import export_onnx
@@ -94,7 +95,7 @@ def test_an_image_that_only_the_decoder_refuses_costs_no_other(teacher_run, pict
     """Nothing is found beforehand; decoding then fails for all that are decoded together."""
     for name in ("text.jpg", "empty.png"):
         (pictures / name).unlink()
-    monkeypatch.setattr(module, "examine", lambda *_, **__: module.Finding(None))
+    monkeypatch.setattr(module, "examine", lambda *_, **__: Finding(None))
     found = list(predict(open_trained(teacher_run), [pictures], ["device=cpu", "train.batch_size=2"]))
     refused = [Path(one.image).name for one in found if one.problem]
     assert refused == ["cut.jpg"]
