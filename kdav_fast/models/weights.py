@@ -30,7 +30,8 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         The tensors by name, and the safetensors metadata (empty for a torch file).
 
     Raises:
-        InputError: no such file, not a checkpoint, or a pickle that holds more than data.
+        InputError: no such file, not a checkpoint, a pickle that holds more than data, or a tensor that no network
+            can compute with: not finite in float32, or a negative variance.
     """
     path = Path(path)
     try:
@@ -42,8 +43,11 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         ) from None
     # A safetensors file is eight bytes of length, then JSON.
     if head[8:] == b"{":
-        return _load_safetensors(path)
-    return _unwrap(_load_torch(path, head), path), {}
+        tensors, metadata = _load_safetensors(path)
+    else:
+        tensors, metadata = _unwrap(_load_torch(path, head), path), {}
+    _require_usable(tensors, path)
+    return tensors, metadata
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,6 +77,20 @@ def _load_torch(path: Path, head: bytes) -> Any:
         raise InputError(
             f"weights {path} is not a checkpoint that can be read; give a safetensors or torch file"
         ) from None
+
+
+def _require_usable(tensors: dict[str, Tensor], path: Path) -> None:
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            continue
+        values = tensor.float()  # what networks compute in: a float64 may lie beyond its range
+        if (count := int((~values.isfinite()).sum())) > 0:
+            raise InputError(
+                f"weights {path}: {name} holds {count:,} of {tensor.numel():,} values that are not finite in float32, "
+                "as a training that diverged leaves them; give another checkpoint"
+            )
+        if name.endswith("running_var") and tensor.numel() and values.min() < 0:
+            raise InputError(f"weights {path}: {name} holds a negative variance; give another checkpoint")
 
 
 def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:

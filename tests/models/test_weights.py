@@ -154,3 +154,32 @@ def test_missing_file_and_folder(tmp_path):
 def test_torch_files_without_a_state_dict(tmp_path, content, held):
     torch.save(content, tmp_path / "model.pt")
     assert held in refusal(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "said"),
+    [
+        ("fc.weight", [1.0, float("nan"), float("inf")], "fc.weight holds 2 of 3 values that are not finite"),
+        ("fc.weight", [1e300], "fc.weight holds 1 of 1 values that are not finite in float32"),
+        ("bn.running_var", [1.0, -1e-3], "bn.running_var holds a negative variance"),
+    ],
+)
+@pytest.mark.parametrize("save", [save_file, torch.save])
+def test_values_that_no_network_can_compute_with(tmp_path, tensors, name, values, said, save):
+    path = tmp_path / "model.bin"
+    save(tensors | {name: torch.tensor(values, dtype=torch.float64)}, path)
+    assert said in refusal(path)
+
+
+def test_values_that_look_odd_but_are_not(tmp_path, tensors):
+    path = tmp_path / "model.safetensors"
+    sound = {
+        "bn.running_var": torch.zeros(2),
+        "bn.running_mean": -torch.ones(2),
+        "bn.num_batches_tracked": torch.tensor(-1),
+        "empty": torch.zeros(0),
+        "empty.running_var": torch.zeros(0),
+        "half": torch.tensor([65504.0], dtype=torch.float16),
+    }
+    save_file(tensors | sound, path)
+    assert_same(load_weights(path)[0], tensors | sound)
