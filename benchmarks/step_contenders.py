@@ -237,8 +237,8 @@ class Builder:
 
         def step() -> None:
             taken, seen = take_step(parts, batches, parts.config.optimizer.lr, clock.phase)
-            for logits, losses, target in seen:
-                meter.update(logits, losses, target)  # as a run's every step does
+            for micro in seen:
+                meter.update(micro.logits, micro.losses, micro.target)  # as a run's every step does
             if not taken:
                 raise FloatingPointError(f"{name}: loss or gradient not finite; its steps cannot be compared")
 

@@ -40,6 +40,7 @@ UNITS = {"_kl": "nats", "_entropy": "nats", "_ms": "ms", "_seconds": "s", "_byte
 FIGURES = ("losses", "accuracy", "learning_rate", "throughput")  # then those of keys unknown here
 # What a training line may hold beside losses; any other `train/` or `val/` key is a part of the loss.
 NOT_LOSSES = ("norm", "skipped", "scale", "seconds", "_ms", "share", "bytes", "count")
+PAGE = "index.html"
 RESULTS = {  # key: (heading, which of its values is best)
     "val/top1": ("val top-1 (%)", max),
     "val/top5": ("val top-5 (%)", max),
@@ -98,8 +99,10 @@ def write_report(
         if by_class := _by_class(loaded):
             draw_classes(by_class, COLOURS).savefig(output / "classes.png", dpi=150)
             figures.append(("classes", (output / "classes.png").read_bytes()))
-        page = output / "index.html"
-        page.write_text(_page(title, loaded, figures, summary or {}), encoding="utf-8")
+        page = output / PAGE
+        temporary = page.with_name(page.name + ".tmp")
+        temporary.write_text(_page(title, loaded, figures, summary or {}), encoding="utf-8")
+        temporary.replace(page)  # that the page is there says that the report is whole
     except OSError as error:
         raise InputError(f"report {output}: {error.strerror}; give a folder that can be written") from None
     return page

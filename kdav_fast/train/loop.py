@@ -1,7 +1,8 @@
 """The training loop: one for every method, one process or many. It reads from top to bottom."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -12,13 +13,13 @@ from kdav_fast.distillers import Target
 from kdav_fast.errors import InputError
 from kdav_fast.evaluate import Accuracy, evaluate
 from kdav_fast.metrics_log import MetricsLog
-from kdav_fast.report import write_report
+from kdav_fast.report import PAGE, write_report
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
 from kdav_fast.tracking.class_results import ClassTally, write_class_results
 from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.checkpoint_folders import CheckpointFolders
-from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.train.distributed import Cluster, say, start_cluster
 from kdav_fast.train.extension import check_extension, extension_line, is_complete
 from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
@@ -26,9 +27,11 @@ from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_data import write_run_data
 from kdav_fast.train.run_folder import check_run_folder, write_run_config
 from kdav_fast.train.setup import Parts, set_up
-from kdav_fast.train.skipped_steps import SkippedSteps
+from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step
 from kdav_fast.train.stopping import StopRequest
+
+REPORT = "report"
 
 
 def run_training(config: Config, extend: bool = False) -> Accuracy | None:
@@ -67,6 +70,8 @@ def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock, extend: bool
     if cluster.on_first(lambda: is_complete(config)):
         student, card = read_student(config.run_dir)
         cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
+        if cluster.is_first and not (config.run_dir / REPORT / PAGE).exists():
+            _write_own_report(config.run_dir)
         return evaluate(student.to(cluster.device), parts.loaders.evaluation, cluster, parts.dtype)
     checkpoints = CheckpointFolders(
         config.run_dir / CHECKPOINTS,
@@ -132,19 +137,23 @@ def train(
             step += 1
             taken, seen = take_step(parts, batches, lr, meter.phase)
             if taken:
-                for logits, losses, target in seen:
-                    meter.update(logits, losses, target)
+                for micro in seen:
+                    meter.update(micro.logits, micro.losses, micro.target)
                 if parts.average is not None:
                     with engine.whole_weights():
                         parts.average.update_parameters(parts.student)
                 guard.taken()
             else:
                 parts.skipped_steps += 1
-                progress.say(f"step {step}: loss or gradient not finite, skipped")
+                blamed = sum(cluster.gather(not_finite(micro.answers for micro in seen)))
+                reason = f" (the teacher's answers to {blamed} images are not)" if blamed else ""
+                progress.say(f"step {step}: loss or gradient not finite, skipped{reason}")
                 guard.skipped(step)
             progress.advance()
 
             if step % config.log_every == 0 or step == parts.steps:
+                if parts.first_answers is not None:
+                    parts.first_answers.tell()
                 record({**meter.read(), "lr": lr, **_irregular(parts)})
             evaluating = _due(step, config.evaluate_every, parts) or step == parts.steps
             stopping, writing = stop.agreed(checkpoints.writing)
@@ -165,6 +174,8 @@ def train(
             if evaluating or saving:
                 meter.restart_clock()
         checkpoints.finish()
+    if remark := guard.conclude(parts.skipped_steps, parts.steps):
+        cluster.say(remark)
     # A run that was killed after its last checkpoint takes no more steps, hence has no accuracy yet.
     return accuracy or evaluate_student(parts)
 
@@ -179,18 +190,21 @@ def measure_teacher(parts: Parts, stop: StopRequest) -> bool:
     for batch in tqdm(
         loader, "measure teacher", loader.steps_per_epoch, disable=None if cluster.is_first else True
     ):
-        parts.distiller.measure(parts.teacher(batch.images), Target(batch.target, batch.valid))
+        answers, target = parts.teacher(batch.images), Target(batch.target, batch.valid)
+        parts.first_answers.see(batch.images, answers, target)
+        parts.distiller.measure(answers, target)
         stopping, _ = stop.agreed()
         if stopping:
             cluster.say("stopped before the first step; the same command begins anew")
             return False
+    parts.first_answers.tell()
     cluster.average_buffers(parts.student)
     parts.distiller.finish_measuring()
     return True
 
 
 def write_results(parts: Parts, lock: RunLock) -> None:
-    """The student and the report of a complete run."""
+    """The student, then the report of a complete run."""
     run_dir = parts.run_dir
     with parts.savable():
         weights = parts.evaluated_student.weights()
@@ -198,18 +212,43 @@ def write_results(parts: Parts, lock: RunLock) -> None:
 
     def write() -> None:
         lock.check()
+        _require_finite(weights, run_dir)
+        _try("table of the classes", lambda: write_class_results(run_dir, by_class, parts.steps))
+        with suppress(OSError):
+            (run_dir / REPORT / PAGE).unlink()  # of fewer epochs: that there is none says that one is to be written
         try:
-            write_class_results(run_dir, by_class, parts.steps)
-            # The student last: with it, the run is complete.
-            write_report({run_dir.name: run_dir}, run_dir / "report", title=str(run_dir))
             write_student(run_dir / FILE_NAME, weights, parts.card(parts.steps))
         except OSError as error:
             raise InputError(
-                f"run_dir {run_dir}: the results could not be written ({error.strerror}); put that right, then the "
-                "same command writes them"
+                f"run_dir {run_dir}: the student could not be written ({error.strerror}); put that right, then the "
+                "same command writes it"
             ) from None
+        _write_own_report(run_dir)
 
     parts.cluster.on_first(write)
+
+
+def _write_own_report(run_dir: Path) -> None:
+    what = f"report, which 'kdav report {run_dir}' makes later,"
+    _try(what, lambda: write_report({run_dir.name: run_dir}, run_dir / REPORT, title=str(run_dir)))
+
+
+def _try(what: str, write: Callable[[], object]) -> None:
+    """Write what a run can do without: whatever goes wrong with it takes nothing from the student."""
+    try:
+        write()
+    except Exception as error:  # a plotting library fails in as many ways as there are fonts and numbers
+        reason = " ".join(str(error).split()) or type(error).__name__
+        say(f"warning: the {what} could not be written ({reason}); the student is not affected")
+
+
+def _require_finite(weights: dict[str, torch.Tensor], run_dir: Path) -> None:
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise InputError(
+                f"run_dir {run_dir}: {name} of the trained student is not finite, so it is not written; train with a "
+                "lower optimizer.lr or train.clip_grad_norm in another run_dir"
+            )
 
 
 def evaluate_student(parts: Parts) -> Accuracy:

@@ -37,6 +37,11 @@ def check_image_dtype(
         )
 
 
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """What the config calls an autocast dtype."""
+    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """The context in which a network outside the engine (teacher, evaluation) runs."""
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

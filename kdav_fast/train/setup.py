@@ -22,6 +22,7 @@ from kdav_fast.student_file import StudentCard, find_student_file, read_stock_we
 from kdav_fast.tracking.class_results import ClassTally
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.engine import StudentEngine, micro_batch_size, shard_for_inference
+from kdav_fast.train.first_answers import FirstAnswers
 from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
@@ -45,6 +46,8 @@ class Parts:
     normalization: Normalization
     student: Student
     teacher: FrozenTeacher | None
+    first_answers: FirstAnswers | None
+    """Of the teacher, where there is one."""
     distiller: Distiller
     mix: Mix
     engine: StudentEngine
@@ -152,6 +155,10 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         normalization=normalization,
     )
     teacher, teacher_classifier = _build_teacher(config, classes, normalization, cluster, dtype)
+    first_answers = None
+    if teacher is not None:
+        weights = config.teacher.checkpoint or f"the pretrained weights of {config.teacher.name}"
+        first_answers = FirstAnswers(teacher, str(weights), cluster)
     distiller = build_distiller(
         config.distiller,
         student_width=network.feature_width,
@@ -185,6 +192,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         normalization,
         student,
         teacher,
+        first_answers,
         distiller,
         build_mix(train, len(classes)),
         engine,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kdav_fast.data import Batch
 from kdav_fast.distillers import Losses, Target
+from kdav_fast.outputs import Outputs
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.setup import Parts
 
@@ -23,6 +24,8 @@ class MicroBatch(NamedTuple):
     """The student's, detached."""
     losses: Losses
     target: Target
+    answers: Outputs | None = None
+    """The teacher's."""
 
 
 def take_step(
@@ -59,6 +62,7 @@ def find_gradients(
         if parts.teacher is not None:
             with phase("teacher"):
                 teacher_outputs = parts.teacher(images)
+                parts.first_answers.see(images, teacher_outputs, target)
         with phase("student"):
             student_outputs = parts.engine(images)
         with phase("loss"):
@@ -66,7 +70,7 @@ def find_gradients(
         with phase("backward"):
             share = _share_of_valid(target, parts.cluster)
             parts.engine.backward(losses.total * share, last=micro + 1 == accumulate)
-        seen.append(MicroBatch(student_outputs.logits.detach(), losses, target))
+        seen.append(MicroBatch(student_outputs.logits.detach(), losses, target, teacher_outputs))
     return seen
 
 

@@ -38,6 +38,11 @@ class FrozenTeacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> Outputs:
         """B x 3 x S x S images, normalised as the data are, to float32 outputs."""
-        with autocast(self.device, self.dtype):
+        return self.answer(images, self.dtype)
+
+    @torch.no_grad()
+    def answer(self, images: Tensor, dtype: torch.dtype | None) -> Outputs:
+        """`forward` in another autocast dtype."""
+        with autocast(self.device, dtype):
             outputs = self.network(self.renormalize(images))
         return Outputs(outputs.features.float(), outputs.logits.float())

@@ -11,6 +11,8 @@ from kdav_fast.config import OptimizerConfig, TrainConfig, dump_config
 from kdav_fast.errors import InputError
 from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import build_classifier
+from kdav_fast.student import Student
+from kdav_fast.train import loop, setup
 from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.engine import StudentEngine
 from kdav_fast.train.optimizer import build_optimizer
@@ -128,6 +130,63 @@ def test_so_many_in_a_row_stop_the_run():
         guard.skipped(step)
     with pytest.raises(InputError, match=r"not finite in 3 steps in a row, the last of them step 6; lower"):
         guard.skipped(6)
+
+
+def test_what_is_said_of_skipped_steps_at_the_end():
+    guard = SkippedSteps(20)
+    assert guard.conclude(0, 10) is None
+    assert guard.conclude(5, 10) is None
+    assert guard.conclude(6, 10) == "warning: 6 of 10 steps were skipped, as loss or gradient was not finite"
+    guard.skipped(10)
+    assert guard.conclude(1, 10) is None  # what a scaled loss does now and then
+    guard.skipped(11)
+    assert "2 of 11 steps were skipped" in guard.conclude(2, 11)
+    assert "the last 2 in a row among them" in guard.conclude(2, 11)
+    with pytest.raises(
+        InputError, match="not finite in any of the 11 steps, so nothing was trained and no student"
+    ):
+        guard.conclude(11, 11)
+
+
+def test_a_run_that_took_no_step_is_no_success(small_config, tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0, "save_every": 0.1})
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", lambda *_: (False, []))
+        with pytest.raises(InputError, match="not finite in any of the 2 steps"):
+            loop.run_training(config)
+    with pytest.raises(InputError, match="not finite in any of the 2 steps"):
+        loop.run_training(config)  # its last checkpoint knows
+    assert not (config.run_dir / "student.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["kd", "kdav", "simkd"])
+def test_a_teacher_that_answers_nan_is_refused(small_config, teacher_run, tmp_path, monkeypatch, method):
+    def build(*arguments):
+        network, known = build_network(*arguments)
+        if arguments[-1] == "teacher":
+            torch.nn.init.constant_(network.classifier.weight, INF)
+        return network, known
+
+    build_network = setup.build_network
+    monkeypatch.setattr(setup, "build_network", build)
+    teacher = {"name": "cifar:resnet8", "checkpoint": str(teacher_run)}
+    distiller = {"name": method} | ({"weight_kl": 1.0} if method == "simkd" else {})
+    config = small_config(tmp_path / "run", teacher=teacher, distiller=distiller)
+    with pytest.raises(
+        InputError, match=rf"the teacher's logits of (\d+) of the first \1 images are not.*{teacher_run}"
+    ):
+        loop.run_training(config)
+
+
+def test_a_student_that_is_not_finite_is_not_written(small_config, tmp_path, monkeypatch):
+    config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0})
+    weights = Student.weights
+    monkeypatch.setattr(Student, "weights", lambda self: {n: t * NAN for n, t in weights(self).items()})
+    with pytest.raises(
+        InputError, match=r"conv1\.weight of the trained student is not finite, so it is not written"
+    ):
+        loop.run_training(config)
+    assert not (config.run_dir / "student.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
