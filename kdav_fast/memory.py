@@ -63,8 +63,11 @@ class TeacherMemory(nn.Module):
 
     @property
     def posterior(self) -> Tensor:
-        """R: L x K class probabilities, or L class ids (int64)."""
-        return self._posterior[: self.length]
+        """R: L x K class probabilities, which carry their temperature for `kdav_loss`, or L class ids (int64)."""
+        posterior = self._posterior[: self.length]
+        if posterior.ndim == 2 and not torch.compiler.is_compiling():
+            posterior.softened_by = self.temperature
+        return posterior
 
     @torch.no_grad()
     def push(
@@ -77,11 +80,12 @@ class TeacherMemory(nn.Module):
 
         Args:
             teacher_embedding: B x d, any length: rows are scaled to the unit sphere here.
-            teacher_logits_or_labels: B x K logits, or B class ids ("ids" only). "ids" takes logits' argmax.
+            teacher_logits_or_labels: B x K logits, or B class ids 0 .. K - 1 ("ids" only). "ids" takes logits' argmax.
             valid: B booleans; `None` means all.
 
         Raises:
-            InputError: shapes or kinds that do not fit this memory.
+            InputError: shapes or kinds that do not fit this memory, or a valid row's class id outside 0 .. K - 1; on
+                an accelerator such an id is an assertion that fails on the device.
         """
         self._check(teacher_embedding, teacher_logits_or_labels, valid)
         knowledge = teacher_logits_or_labels
@@ -128,6 +132,18 @@ class TeacherMemory(nn.Module):
         if valid is not None and (valid.dtype != torch.bool or valid.shape != (batch,)):
             raise InputError(
                 f"TeacherMemory.push: valid is {valid.dtype} of shape {tuple(valid.shape)}; needed: {batch} booleans"
+            )
+        if labels:
+            self._check_labels(knowledge if valid is None else knowledge.where(valid, 0))
+
+    def _check_labels(self, labels: Tensor) -> None:
+        outside = (labels < 0) | (labels >= self.classes)
+        if labels.device.type != "cpu":
+            torch._assert_async(~outside.any())  # without waiting for its outcome
+        elif outside.any():
+            raise InputError(
+                f"TeacherMemory.push: a class id is {labels[outside][0]}; needed: 0 to {self.classes - 1}, as the "
+                f"memory has {self.classes} classes"
             )
 
 

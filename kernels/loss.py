@@ -55,7 +55,8 @@ def kdav_loss(
         teacher_embedding: t, B x d, centred if the memory's rows are.
         teacher_logits: g, B x K.
         memory_embedding: U, L x d, unit rows.
-        memory_posterior: R, L x K class probabilities (floating point), or L class ids (int64).
+        memory_posterior: R, L x K class probabilities (floating point), or L class ids (int64) in 0 .. K - 1, which
+            is not checked on an accelerator. `TeacherMemory.posterior` knows its temperature, which must be T.
         filled: how many leading rows of the memory are in use, 1..L; `None` means all. A tensor on an
             accelerator is not read back to the host, so its value is not checked.
         kappa_student, kappa_teacher: von Mises-Fisher concentrations, above 0.
@@ -77,6 +78,7 @@ def kdav_loss(
     """
     _check_tensors(student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
     filled = _check_filled(filled, memory_embedding)
+    _check_posterior(memory_posterior, filled, teacher_logits.shape[1], temperature)
     positive = {
         "kappa_student": kappa_student,
         "kappa_teacher": kappa_teacher,
@@ -199,6 +201,23 @@ def _check_filled(filled: int | Tensor | None, memory: Tensor) -> int | Tensor:
     if not 0 < filled <= length:
         raise ValueError(f"filled is {filled}; it must be 1..{length}, the memory's rows")
     return filled
+
+
+def _check_posterior(posterior: Tensor, filled: int | Tensor, classes: int, temperature: float) -> None:
+    softened_by = getattr(posterior, "softened_by", temperature)
+    if softened_by != temperature:
+        raise ValueError(
+            f"temperature is {temperature:g}, but the memory's posteriors are softened by {softened_by:g}; give "
+            "both the same"
+        )
+    on_host = posterior.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not posterior.is_floating_point() and on_host:
+        least, most = posterior[:filled].aminmax()
+        if least < 0 or most >= classes:
+            raise ValueError(
+                f"memory_posterior holds class id {int(least if least < 0 else most)}; with {classes} teacher_logits a "
+                f"row, ids must be 0..{classes - 1}"
+            )
 
 
 class KDAVLoss(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdav_fast import TeacherMemory
+from kdav_fast import KDAVLoss, TeacherMemory, kdav_loss
 from kdav_fast.errors import InputError
 
 
@@ -120,3 +120,32 @@ def test_two_ranks_remember_both_batches_in_rank_order(tmp_path):
     assert states[0]["_posterior"][:8].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
     assert states[0]["filled"] == 8
     assert states[0]["cursor"] == 2
+
+
+@pytest.mark.parametrize("wrong", [-1, 3, 2**40])
+def test_a_class_id_that_is_none_is_refused(wrong):
+    memory = TeacherMemory(4, 4, 3, "ids")
+    embedding, _ = batch_of(2)
+    with pytest.raises(
+        InputError, match=f"a class id is {wrong}; needed: 0 to 2, as the memory has 3 classes"
+    ):
+        memory.push(embedding, torch.tensor([1, wrong]))
+    assert memory.filled == 0
+    memory.push(embedding, torch.tensor([1, wrong]), torch.tensor([True, False]))  # padding may hold anything
+    assert memory.posterior.tolist() == [1, 0, 0, 0]
+
+
+def test_the_loss_is_told_another_temperature_than_the_memory_s():
+    memory = TeacherMemory(4, 4, 3, temperature=4.0)
+    embedding, logits = batch_of(2)
+    memory.push(embedding, logits)
+    inputs = (embedding, embedding, logits, memory.embedding, memory.posterior, memory.filled)
+    for loss in (kdav_loss, KDAVLoss()):
+        with pytest.raises(
+            ValueError, match=r"temperature is 1, but the memory's posteriors are softened by 4; give"
+        ):
+            loss(*inputs)
+    assert kdav_loss(*inputs, temperature=4.0).loss.isfinite()
+    ids = TeacherMemory(4, 4, 3, "ids", temperature=4.0)  # ids have none
+    ids.push(embedding, logits)
+    assert kdav_loss(*inputs[:4], ids.posterior, ids.filled).loss.isfinite()

@@ -199,3 +199,18 @@ def test_unusable_inputs_are_named(change, filled, error, message):
 def test_unusable_settings_are_named(keywords, message):
     with pytest.raises(ValueError, match=message):
         kdav_loss(*make_inputs(), **keywords)
+
+
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
+@pytest.mark.parametrize("wrong", [-1, 3])
+def test_class_ids_that_are_no_class_are_refused(impl, wrong):
+    embedding, logits = torch.eye(2), torch.zeros(2, 3)
+    ids = torch.tensor([0, 2, wrong])
+    memory = torch.eye(2).repeat(2, 1)[:3]
+    with pytest.raises(
+        ValueError, match=rf"memory_posterior holds class id {wrong}; with 3 .* must be 0\.\.2"
+    ):
+        kdav_loss(embedding, embedding, logits, memory, ids, impl=impl)
+    assert kdav_loss(
+        embedding, embedding, logits, memory, ids, 2, impl=impl
+    ).loss.isfinite()  # a row not in use
