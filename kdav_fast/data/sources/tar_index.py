@@ -30,6 +30,7 @@ _LABEL_FIELD = "cls"
 # A larger number is no label, and would ask for as many class names.
 _LABEL = re.compile(rb"\s*0*(\d{1,6})\s*")
 _LABEL_BYTES = 64
+_RULES = "2"  # of what a sample is: an index made by others is made again
 _BLOCK = tarfile.BLOCKSIZE
 _THREADS = 16  # they wait for the file system most of the time, so more than there are cores
 
@@ -67,7 +68,8 @@ def index_shards(shards: Sequence[Path], description: str) -> list[ShardIndex]:
         description: of the bar on stderr, which appears after two seconds.
 
     Raises:
-        InputError: a shard cannot be read, is no whole tar, or has a sample without image or label.
+        InputError: a shard cannot be read, is no whole tar, or has a sample without image or label or two
+            samples of one key.
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         indices = pool.map(index_shard, shards)
@@ -78,7 +80,8 @@ def index_shard(path: Path) -> ShardIndex:
     """Index one shard: from the cache, else from DALI's index beside it, else from its own headers.
 
     Raises:
-        InputError: it cannot be read, is no whole tar, or has a sample without image or label.
+        InputError: it cannot be read, is no whole tar, or has a sample without image or label or two
+            samples of one key.
     """
     try:
         with open_regular_file(str(path)) as shard:
@@ -165,12 +168,16 @@ def _damaged(path: Path, detail: str) -> InputError:
 def _index_samples(path: Path, shard: BinaryIO, members: Iterable[_Member]) -> ShardIndex:
     """Group members to samples and read their labels."""
     names, offsets, sizes, labels = [], [], [], []
+    images: dict[str, _Member] = {}
     # Without a key are the hidden files that macOS puts before each of a sample's own.
     with_key = (member for member in members if member.split()[0])
     for key, sample in groupby(with_key, key=lambda member: member.split()[0]):
         image = label = None
+        fields: dict[str, _Member] = {}
         for member in sample:
             field = member.split()[1]
+            if (other := fields.setdefault(field, member)) is not member:
+                raise _repeated(path, key, other, member)
             if image is None and field in _IMAGE_FIELDS:
                 image = member
             elif label is None and field == _LABEL_FIELD:
@@ -181,6 +188,8 @@ def _index_samples(path: Path, shard: BinaryIO, members: Iterable[_Member]) -> S
                     f"sample {printable(key)} of shard {printable(str(path))} has no {lacking}; "
                     "put the files of a sample next to each other, or remove it"
                 )
+        if (other := images.setdefault(key, image)) is not image:
+            raise _repeated(path, key, other, image)
         names.append(image.name)
         offsets.append(image.offset)
         sizes.append(image.size)
@@ -190,6 +199,14 @@ def _index_samples(path: Path, shard: BinaryIO, members: Iterable[_Member]) -> S
             f"shard {printable(str(path))} holds no samples; put KEY.jpg and KEY.{_LABEL_FIELD} into it, or remove it"
         )
     return ShardIndex(tuple(names), *(np.array(column, np.int64) for column in (offsets, sizes, labels)))
+
+
+def _repeated(path: Path, key: str, one: _Member, other: _Member) -> InputError:
+    places = " and ".join(f"{printable(member.name)} at byte {member.offset:,}" for member in (one, other))
+    return InputError(
+        f"shard {printable(str(path))} holds more than one sample of the key {printable(key)} ({places}); give each "
+        "sample of a shard a key of its own"
+    )
 
 
 def _read_label(path: Path, shard: BinaryIO, key: str, member: _Member) -> int:
@@ -205,7 +222,7 @@ def _read_label(path: Path, shard: BinaryIO, key: str, member: _Member) -> int:
 
 def _cache_record(path: Path, shard: BinaryIO) -> Path:
     """Where the index of a shard is kept, for as long as the shard and DALI's index of it stay the same."""
-    state = [str(path.resolve())]
+    state = [_RULES, str(path.resolve())]
     state += [f"{status.st_size} {status.st_mtime_ns}" for status in _statuses(path, shard)]
     name = hashlib.sha256(os.fsencode("\n".join(state))).hexdigest()
     return cache_folder() / "tar-index" / f"{name}.npz"

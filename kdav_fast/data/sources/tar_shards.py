@@ -7,17 +7,19 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from kdav_fast.data.fingerprint import content_of
 from kdav_fast.data.image_set import ByteRange, EncodedImages, printable
 from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.data.sources.tar_index import index_shards
 from kdav_fast.errors import InputError
 
+_MOST_NAMES = 10  # times the classes that have images: of more names, most are a mistake
 _SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
 _TAR = re.compile(r"[^.].*\.(?:tar|tgz|tbz2|txz|tar\.(?:gz|bz2|xz|zst|lz4))")
 # The last split word counts, so that no shard is of two splits.
@@ -92,15 +94,58 @@ def open_shards(root: Path) -> tuple[TarShards, TarShards]:
     a folder of that word. Class names are the lines of `root/classes.txt`, else the labels as text.
 
     Raises:
-        InputError: a split has no shards, a shard is not as it must be, or a label has no class name.
+        InputError: a split has no shards, a shard is not as it must be or there twice, a label has no class name,
+            without `classes.txt` a class below the largest label has no training image, or with it most have none.
     """
     shards = _find_shards(root)
     evaluation_split = _choose_split(root, shards, "val", "test")
     train = _index_split(root, _choose_split(root, shards, "train"), shards)
     evaluation = _index_split(root, evaluation_split, shards)
-    count = 1 + max(train.labels.max(), evaluation.labels.max())
-    names = _listed_classes(root) or tuple(map(str, range(count)))
+    for images in (train, evaluation):
+        _refuse_repeated_shards(images)
+    names = _listed_classes(root)
+    if names is None:
+        names = _numbered_classes(train, evaluation)
+    elif len(names) > _MOST_NAMES * (seen := len(np.unique(train.labels))):
+        raise InputError(
+            f"{root / 'classes.txt'} names {len(names):,} classes, but the training shards hold images of only "
+            f"{seen:,}; give the list of this data set's classes"
+        )
     return _with_classes(train, names), _with_classes(evaluation, names)
+
+
+def _numbered_classes(train: TarShards, evaluation: TarShards) -> tuple[str, ...]:
+    """Labels as text, if there are training images of each."""
+    last = max((train, evaluation), key=lambda images: images.labels.max())
+    position = int(last.labels.argmax())
+    count = int(last.labels[position]) + 1
+    absent = np.flatnonzero(np.bincount(train.labels, minlength=count) == 0).tolist()
+    if absent:
+        some = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5:,} more" if len(absent) > 5 else "")
+        raise InputError(
+            f"{printable(last.name(position))} in {train.root} has label {count - 1}, but the training shards hold no "
+            f"image of {some}; correct the labels, or name all {count:,} classes in classes.txt beside the shards"
+        )
+    return tuple(map(str, range(count)))
+
+
+def _refuse_repeated_shards(images: TarShards) -> None:
+    """A shard that is there twice, by a link or as a copy, would count its images twice."""
+    listed: dict[object, tuple[str, int]] = {}
+    starts = np.searchsorted(images.shard_ids, np.arange(len(images.shards) + 1)).tolist()
+    for shard, (start, end) in zip(images.shards, pairwise(starts), strict=True):
+        part = slice(start, end)
+        columns = (images.labels[part], images.offsets[part], images.sizes[part])
+        listing = (images.members[part], *(column.tobytes() for column in columns))
+        name, first = listed.setdefault(listing, (shard, start))
+        places = (0, (end - start) // 2, end - start - 1)
+        if name != shard and all(
+            content_of(images, start + i) == content_of(images, first + i) for i in places
+        ):
+            raise InputError(
+                f"the shards {printable(name)} and {printable(shard)} in {images.root} hold the same images; "
+                "remove one of them"
+            )
 
 
 def open_evaluation_shards(root: Path, classes: tuple[str, ...]) -> TarShards:
@@ -184,6 +229,13 @@ def _listed_classes(root: Path) -> tuple[str, ...] | None:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}; give one class name a line, in UTF-8") from None
     names = tuple(line.strip() for line in lines)
+    line_of: dict[str, int] = {}
+    for number, name in enumerate(names, start=1):
+        if name and line_of.setdefault(name, number) != number:
+            raise InputError(
+                f"lines {line_of[name]} and {number} of {path} are both '{printable(name)}'; give each class a "
+                "name of its own"
+            )
     if not all(names):
         raise InputError(
             f"line {names.index('') + 1} of {path} is empty; the name of class i belongs into line i + 1"

@@ -1,6 +1,7 @@
 import errno
 import io
 import os
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from tests.data.sources.small_shards import (
     FORMATS,
     images_of,
     sample,
+    write_dali_index,
     write_data_set,
     write_shard,
 )
@@ -34,7 +36,7 @@ def test_samples_come_in_the_order_of_the_shards(root):
     assert train.labels.dtype == np.int64
     assert [train.read(i).tobytes() for i in range(4)] == [f"image {key}".encode() for key in "abcd"]
     assert train.read(0).dtype == np.uint8
-    assert train.classes == evaluation.classes == ("0", "1", "2", "3", "4")
+    assert train.classes == evaluation.classes == ("0", "1", "2", "3")
     assert (train.split, evaluation.split) == ("train", "val")
     assert images_of(evaluation) == {"val-0000.tar/e.jpg": b"image e"}
 
@@ -85,7 +87,7 @@ def test_digest_follows_names_and_labels_but_not_the_place(root, tmp_path):
     assert open_shards(root)[0].digest == digest
     assert open_shards(root)[0].select(np.array([1, 0, 2, 3])).digest != digest
     digests = {digest}
-    for time, files in enumerate((sample("c", 1) + sample("d", 1), sample("c", 1) + sample("f", 1))):
+    for time, files in enumerate((sample("c", 2) + sample("d", 1), sample("c", 2) + sample("f", 1))):
         os.utime(write_shard(root / "train-0001.tar", files), ns=(0, time))
         digests.add(open_shards(root)[0].digest)
     assert len(digests) == 3
@@ -143,8 +145,8 @@ def test_evaluation_alone_takes_the_given_names_and_needs_no_training_shards(roo
         shard.unlink()
     images = open_evaluation_shards(root, tuple("pqrstu"))
     assert images.classes == tuple("pqrstu")
-    with pytest.raises(InputError, match=r"val-0000.tar/e.jpg .* label 4, but there are only 4 class names"):
-        open_evaluation_shards(root, tuple("pqrs"))
+    with pytest.raises(InputError, match=r"val-0000.tar/e.jpg .* label 2, but there are only 2 class names"):
+        open_evaluation_shards(root, tuple("pq"))
 
 
 def _shard(*files, name="train-0000.tar"):
@@ -230,6 +232,74 @@ def test_wrong_shards_are_refused_in_one_line(root, damage, message):
     with pytest.raises(InputError, match=message) as error:
         open_shards(root)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("files", "places"),
+    [
+        (sample("a", 0, b"1") + sample("a", 1, b"2"), r"a\.jpg at byte 512 and a\.jpg at byte 2,560"),
+        (sample("a", 0) + sample("b", 1) + sample("a", 1), r"a\.jpg at byte 512 and a\.jpg at byte 4,608"),
+        ([("a.jpg", b""), ("a.JPG", b""), ("a.cls", b"0")], r"a\.jpg at byte 512 and a\.JPG at byte 1,024"),
+        (
+            [("a.jpg", b""), ("a.cls", b"0"), ("a.cls", b"1")],
+            r"a\.cls at byte 1,024 and a\.cls at byte 2,048",
+        ),
+        (sample("a", 0) + sample("a", 1, field="png"), r"a\.cls at byte 1,536 and a\.cls at byte 3,584"),
+    ],
+    ids=["next to each other", "apart", "case", "label", "other format"],
+)
+@pytest.mark.parametrize("indexed", [False, True])
+def test_samples_of_equal_keys_are_refused_and_both_named(root, files, places, indexed):
+    shard = write_shard(root / "train-0000.tar", files)
+    if indexed and len({name for name, _ in files}) == len(files):
+        write_dali_index(shard, [[name for name, _ in files]])
+    with pytest.raises(
+        InputError, match=rf"train-0000\.tar holds more than one sample of the key a \({places}\)"
+    ):
+        open_shards(root)
+
+
+def test_shards_may_number_their_samples_alike(tmp_path):
+    for number in range(2):
+        files = sample("0", number, b"first of %d" % number) + sample("1", 1, b"second of %d" % number)
+        write_shard(tmp_path / f"train-{number}.tar", files)
+    write_shard(tmp_path / "val-0.tar", sample("0", 0))
+    assert len(open_shards(tmp_path)[0]) == 4
+
+
+@pytest.mark.parametrize("copy", [os.symlink, os.link, shutil.copy])
+def test_a_shard_that_is_there_twice_is_refused(root, copy):
+    copy(root / "train-0000.tar", root / "train-0002.tar")
+    with pytest.raises(
+        InputError, match=r"shards train-0000\.tar and train-0002\.tar in .* hold the same images"
+    ):
+        open_shards(root)
+
+
+def test_a_label_beyond_the_others_is_a_question(root):
+    shard = write_shard(root / "train-0001.tar", sample("c", 1) + sample("d", 2) + sample("x", 999999))
+    said = r"train-0001\.tar/x\.jpg in .* has label 999999, .* hold no image of 4, 5, 6, 7, 8 and 999,990 more; correct"
+    with pytest.raises(InputError, match=said):
+        open_shards(root)
+    write_shard(shard, sample("c", 1) + sample("d", 2))
+    write_shard(root / "val-0000.tar", sample("e", 5))
+    with pytest.raises(
+        InputError, match=r"val-0000\.tar/e\.jpg in .* has label 5, .* no image of 4, 5; correct"
+    ):
+        open_shards(root)
+    (root / "classes.txt").write_text("\n".join("abcdef"))
+    assert open_shards(root)[1].classes == tuple("abcdef")
+
+
+def test_class_names_that_cannot_be_meant(root):
+    (root / "classes.txt").write_text("\n".join(f"class {i}" for i in range(41)))
+    with pytest.raises(
+        InputError, match=r"classes\.txt names 41 classes, but the training shards .* of only 4; give"
+    ):
+        open_shards(root)
+    (root / "classes.txt").write_text("ant\nbee\ncow\n bee \ndog")
+    with pytest.raises(InputError, match=r"lines 2 and 4 of .*classes\.txt are both 'bee'; give each"):
+        open_shards(root)
 
 
 def test_an_unreadable_folder_is_named(root, monkeypatch):
