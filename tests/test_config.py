@@ -96,6 +96,16 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             ["data.image_size=32", "data.eval_resize=16"],
             "data.eval_resize is 16; it must be at least data.image_size (32)",
         ),
+        (["data.image_size=1"], "data.image_size"),
+        (
+            [
+                "teacher.name=cifar:resnet8",
+                "distiller.name=kdav",
+                "distiller.memory_length=31",
+                "train.batch_size=32",
+            ],
+            "distiller.memory_length is 31, but 32 images enter the memory at once",
+        ),
         (["schedule.name=step"], "schedule.milestones is empty"),
         (["schedule.name=step", "schedule.milestones=[5,3]"], "rising order"),
         (["schedule.name=one_cycle", "schedule.warmup_epochs=1"], "does not go with 'one_cycle'"),

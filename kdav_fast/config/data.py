@@ -64,7 +64,7 @@ class DataConfig(Section):
     on_change: Literal["refuse", "accept"] = "refuse"
     """Continuing with files of the same names but other content than the run began with: an error, or accepted."""
 
-    image_size: Count = 224
+    image_size: Annotated[int, Field(ge=8)] = 224
     """Side of the square that the networks see, in pixels."""
     crop: Literal["random_resized", "padded", "none"] = "random_resized"
     """Training crop: ImageNet's random area, CIFAR's shift by padding, or the whole image."""

@@ -45,8 +45,17 @@ class Config(Section):
                 "distiller.prototypes is 'running' but train.mixup or train.cutmix is on: a mixed image has no "
                 "class; use distiller.prototypes=measured"
             )
+        self._check_memory()
         self._check_sharded_optimizer()
         return self
+
+    def _check_memory(self) -> None:
+        images = self.train.batch_size // self.train.accumulate
+        if isinstance(self.distiller, KDAVConfig) and self.distiller.memory_length < images:
+            raise ValueError(
+                f"distiller.memory_length is {self.distiller.memory_length}, but {images} images enter the memory at "
+                "once (train.batch_size / train.accumulate), and each must be among its candidates; use at least that"
+            )
 
     def _check_sharded_optimizer(self) -> None:
         given = f"optimizer.name is '{self.optimizer.name}' but train.zero_stage is {self.train.zero_stage}"

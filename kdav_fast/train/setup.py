@@ -13,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, ModelConfig
 from kdav_fast.data import DataSets, build_loaders, check_images, open_images
+from kdav_fast.data.checks.splits import check_splits
 from kdav_fast.data.fingerprint import Fingerprint, fingerprint
 from kdav_fast.distillers import Distiller, build_distiller
 from kdav_fast.errors import InputError
@@ -132,6 +133,14 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
+    for remark in cluster.on_first(lambda: check_splits(images, train.batch_size)):
+        cluster.say(remark)
+    length = getattr(config.distiller, "memory_length", 0)
+    if length > len(images.train):
+        cluster.say(
+            f"note: distiller.memory_length is {length} with {len(images.train)} training images: it holds an image "
+            "as the teacher saw it in several epochs"
+        )
     decode = config.data.check == "decode"
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in images])
     data = cluster.on_first(lambda: fingerprint(images))
