@@ -17,6 +17,7 @@ from kdav_fast.config import DistillerConfig, ModelConfig, OptimizerConfig, Sche
 from kdav_fast.distillers import Distiller, Target, build_distiller
 from kdav_fast.models import build_classifier
 from kdav_fast.outputs import Outputs
+from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
 from kdav_fast.student import Student
 from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.optimizer import build_optimizer
@@ -64,7 +65,9 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
         classes=data.classes,
         label_smoothing=0.0,
     ).to(device)
-    student = Student(network, distiller.head).to(device, memory_format=torch.channels_last)
+    student = Student(network, distiller.head).to(device)
+    guard_unsafe_layers(student, "channels_last", torch.device(device))
+    set_layout(student, "channels_last", torch.device(device))
     if preset.compiled:
         network.backbone.compile()
     measure_teacher(distiller, data)

@@ -24,6 +24,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kdav_fast.runtime.json_text import json_text
+from kdav_fast.runtime.memory_format import SAFE_CHANNELS
 from kdav_fast.train.optimizer import APEX_BUILD, APEX_CLASSES
 
 State = Literal["on", "off", "info"]
@@ -206,6 +207,15 @@ def _gpu() -> Answer:
     raise Off(f"torch cannot use the driver: {reason}", remedy)
 
 
+def _nhwc() -> Answer:
+    if torch.cuda.is_available():
+        return "on", "on the GPU's matrix units (data.layout)"
+    return "on", (
+        f"but strided 1x1 convolutions of fewer than {SAFE_CHANNELS} input channels train in NCHW: in NHWC, oneDNN's "
+        "backward pass crashes (docs/upstream.md); data.layout=contiguous puts all in NCHW"
+    )
+
+
 def _bf16() -> Answer:
     if torch.cuda.is_available():
         _need_capability((8, 0), "bf16 on the matrix units", "the A100")
@@ -365,6 +375,7 @@ PROBES: dict[tuple[str, str], Callable[[], Answer]] = {
     ("hardware", "memory"): _memory,
     ("hardware", "GPU"): _gpu,
     ("hardware", "bf16"): _bf16,
+    ("hardware", "channels_last"): _nhwc,
     ("libraries", "Python"): lambda: ("info", f"{platform.python_version()} on {platform.platform()}"),
     ("libraries", "torch"): lambda: ("on", f"{torch.__version__}, CUDA build {torch.version.cuda or 'none'}"),
     ("libraries", "torchvision"): _torchvision,

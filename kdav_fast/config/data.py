@@ -91,7 +91,8 @@ class DataConfig(Section):
     dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Of the normalised images. The half types go with `train.precision=bf16`."""
     layout: Literal["channels_last", "contiguous"] = "channels_last"
-    """Memory order of the images: NHWC or NCHW."""
+    """Memory order of the images and of the networks: NHWC or NCHW. On a CPU, convolutions that crash in NHWC compute
+    in NCHW in any case."""
 
     @model_validator(mode="after")
     def _source(self) -> Self:

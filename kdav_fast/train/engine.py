@@ -71,9 +71,6 @@ class StudentEngine:
         self.optimizer = self._engine.optimizer
         """DeepSpeed's around the given one, or at stage 0 the given one."""
         if config.zero_stage == 0:
-            # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The
-            # higher stages keep weights as views of one flat buffer, which have no such strides.
-            module.to(memory_format=torch.channels_last)
             self._skip = False
             take_step = optimizer.step
             optimizer.step = lambda: None if self._skip else take_step()

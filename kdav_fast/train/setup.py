@@ -18,6 +18,7 @@ from kdav_fast.data.fingerprint import Fingerprint, fingerprint
 from kdav_fast.distillers import Distiller, build_distiller
 from kdav_fast.errors import InputError
 from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_classifier, renormalization
+from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
 from kdav_fast.student import Student
 from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
 from kdav_fast.tracking.class_results import ClassTally
@@ -178,10 +179,11 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     ).to(device)
     student = Student(network, distiller.head).to(device)
 
+    guard_unsafe_layers(student, config.data.layout, device)
     average = None
     if train.ema_decay > 0:
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay), use_buffers=True)
-        average.to(memory_format=torch.channels_last)
+        set_layout(average, config.data.layout, device)
     if train.sync_batchnorm:
         student = synchronize_batchnorm(student)
     if config.model.compile:
@@ -191,6 +193,10 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     factor = lr_factor(config.schedule, steps, steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, student)
     engine = StudentEngine(student, optimizer, train, cluster, dtype)
+    if train.zero_stage == 0:
+        # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The higher
+        # stages keep weights as views of one flat buffer, which have no such strides.
+        set_layout(student, config.data.layout, device)
     torch.manual_seed(train.seed + cluster.rank)  # mixing differs between ranks
     return Parts(
         config,
@@ -261,7 +267,7 @@ def _build_teacher(
     if config.teacher.sharded:
         shard_for_inference(network, cluster)
     else:
-        network.to(cluster.device, memory_format=torch.channels_last)
+        set_layout(network.to(cluster.device), config.data.layout, cluster.device)
     if config.teacher.compile:
         network.compile()
     if config.teacher.precision != "train":
