@@ -55,6 +55,8 @@ def export(source: Path, output: Path | None = None, format: Format | None = Non
         InputError: the source or the output cannot be used, suffix and format contradict each other, or, for ONNX,
             the export libraries are missing or the network cannot be expressed.
     """
+    if output and output.is_dir():
+        raise InputError(f"--output {output} is a folder; give a file, such as {output / 'student.onnx'}")
     format = chosen_format(output, format)
     if is_onnx(source):
         raise InputError(
@@ -142,8 +144,6 @@ def _write_onnx(student: Student, card: StudentCard, output: Path) -> float | No
 
 def _check_output(output: Path, source: Path) -> None:
     """Raise `InputError` if writing `output` would damage something."""
-    if output.is_dir():
-        raise InputError(f"--output {output} is a folder; give a file, such as {output / 'student.onnx'}")
     if output.exists() and not stat.S_ISREG(output.stat().st_mode):
         raise InputError(f"--output {output} is no regular file; give the name of a file")
     if output.exists() and output.samefile(source):

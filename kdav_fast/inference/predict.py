@@ -73,7 +73,13 @@ class _Files(ImageFolder):
 
 
 def split_arguments(words: Sequence[str]) -> tuple[list[Path], list[str]]:
-    """What stands behind the network on the command line: files and folders, and `key=value` overrides."""
+    """What stands behind the network on the command line: files and folders, and `key=value` overrides.
+
+    Raises:
+        InputError: an empty word, which would mean the current folder.
+    """
+    if "" in words:
+        raise InputError("the name of an image or folder is empty; give a path, such as . for this folder")
     keys = set(known_keys())
     overrides = [word for word in words if word.partition("=")[0] in keys and not Path(word).exists()]
     return [Path(word) for word in words if word not in overrides], overrides

@@ -9,6 +9,7 @@ from torch import nn
 from kdav_fast.config import Config, DataConfig, apply_overrides, flat, known_keys, parse_config
 from kdav_fast.errors import InputError
 from kdav_fast.inference.onnx_file import OnnxStudent, is_onnx, read_onnx
+from kdav_fast.runtime.memory_format import set_layout
 from kdav_fast.student_file import StudentCard, find_student_file, read_student
 from kdav_fast.train.distributed import Cluster, start_cluster
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype
@@ -101,4 +102,6 @@ def start_inference(trained: Trained, config: Config) -> tuple[nn.Module, Cluste
     cluster = start_cluster(config.device)
     dtype = autocast_dtype(config.train.precision, cluster.device)
     check_image_dtype(config.data.dtype, dtype)
-    return trained.network.to(cluster.device, memory_format=torch.channels_last), cluster, dtype
+    network = trained.network.to(cluster.device)
+    set_layout(network, config.data.layout, cluster.device)
+    return network, cluster, dtype

@@ -50,6 +50,8 @@ def check_training(config: Config, extend: bool = False) -> None:
         parts.student.train()
         seen = find_gradients(parts, iter(parts.loaders.train))
         cluster.say(_batch_line(seen, parts))
+        if parts.first_answers is not None:
+            parts.first_answers.tell()
         cluster.say(f"run_dir: {_start_line(parts, step)}")
         if step and extended:
             cluster.say(extension_line(config, extended, step, parts.steps))

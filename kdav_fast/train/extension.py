@@ -15,7 +15,11 @@ _EXACT = ("constant", "step")
 def is_complete(config: Config) -> bool:
     """Whether the run's folder holds the student of all its epochs: that of fewer means that it was extended since."""
     card = _final_card(config.run_dir)
-    return card is not None and not (card.epochs is not None and card.epochs < config.train.epochs)
+    if card is None:
+        return False
+    # The files of earlier versions tell only the epochs that were reached, rounded.
+    reached = card.epoch * 1.001 if card.epochs is None else card.epochs
+    return reached >= config.train.epochs
 
 
 def check_extension(config: Config) -> None:

@@ -215,7 +215,9 @@ def write_results(parts: Parts, lock: RunLock) -> None:
         _require_finite(weights, run_dir)
         _try("table of the classes", lambda: write_class_results(run_dir, by_class, parts.steps))
         with suppress(OSError):
-            (run_dir / REPORT / PAGE).unlink()  # of fewer epochs: that there is none says that one is to be written
+            (
+                run_dir / REPORT / PAGE
+            ).unlink()  # of fewer epochs: that there is none says that one is to be written
         try:
             write_student(run_dir / FILE_NAME, weights, parts.card(parts.steps))
         except OSError as error:

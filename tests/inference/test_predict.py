@@ -126,12 +126,13 @@ def test_words_with_a_key_are_overrides_unless_such_a_file_exists(tmp_path, monk
     ("words", "message"),
     [
         (["device=cpu"], "no image is given"),
+        ([""], "the name of an image or folder is empty"),
         (["a.png", "optimizer.lr=1"], "optimizer.lr has no effect"),
         (["empty"], "holds no images"),
     ],
 )
 def test_what_cannot_be_predicted_is_told_in_one_line(teacher_run, tmp_path, capsys, words, message):
     (tmp_path / "empty").mkdir()
-    code, _, errors = run(capsys, teacher_run, *(tmp_path / w if w == "empty" else w for w in words))
+    code, _, errors = run(capsys, teacher_run, *(tmp_path / "empty" if w == "empty" else w for w in words))
     assert (code, len(errors)) == (2, 1)
     assert message in errors[0]

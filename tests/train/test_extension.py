@@ -1,14 +1,18 @@
 """Training a finished run further, and what must be refused."""
 
 import json
+from math import cos, pi
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
+from kdav_fast.config import DataConfig
 from kdav_fast.errors import InputError
 from kdav_fast.metrics_log import read_metrics
-from kdav_fast.student_file import read_student
+from kdav_fast.student_file import StudentCard, read_student, write_student
+from kdav_fast.train.extension import is_complete
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import stop_after
 
@@ -71,8 +75,6 @@ def test_a_schedule_that_knows_the_end_goes_on_as_the_longer_one(small_config, t
         run_training(config(2))
     run_training(config(2), extend=True)
     assert "the learning rates are those of 'cosine' over all 16 steps" in capsys.readouterr().out
-    from math import cos, pi
-
     rates = {line["step"]: line["lr"] for line in read_metrics(tmp_path / "run") if "lr" in line}
     expected = [0.05 * (1 + cos(pi * step / 8)) for step in range(8)]
     expected += [0.05 * (1 + cos(pi * step / 16)) for step in range(8, 16)]
@@ -97,3 +99,33 @@ def test_what_cannot_be_extended_is_refused_and_left_as_it_was(small_config, tmp
     with pytest.raises(InputError, match="optimizer.lr is 0.1 there and 0.2 here"):
         run_training(config(2, optimizer={"lr": 0.2}), extend=True)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("told", "reached", "wanted", "complete"),
+    [
+        (2.0, 2.0, 2.0, True),
+        (2.0, 2.0, 2.5, False),
+        (None, 2.0, 2.0, True),
+        (None, 1.9999, 2.0, True),
+        (None, 2.0, 2.5, False),
+        (0.001, 1.0, 0.001, True),
+    ],
+)
+def test_a_student_of_fewer_epochs_is_not_complete(small_config, tmp_path, told, reached, wanted, complete):
+    """Files of earlier versions do not tell the epochs that their run was to take."""
+    card = StudentCard(
+        name="cifar:resnet8",
+        width=1.0,
+        classes=("a", "b"),
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        embedding_width=None,
+        data=DataConfig(),
+        distiller="none",
+        step=3,
+        epoch=reached,
+        epochs=told,
+    )
+    write_student(tmp_path / "student.safetensors", {"a": torch.zeros(1)}, card)
+    assert is_complete(small_config(tmp_path, train={"epochs": wanted})) is complete

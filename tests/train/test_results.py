@@ -21,7 +21,9 @@ def test_a_report_that_fails_costs_no_student(small_config, tmp_path, monkeypatc
         accuracy = run_training(config)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1
-    assert f"the report, which 'kdav report {config.run_dir}' makes later, could not be written (" in warnings[0]
+    assert (
+        f"the report, which 'kdav report {config.run_dir}' makes later, could not be written (" in warnings[0]
+    )
     assert read_student(config.run_dir)[1].step == 2
     assert not page.exists()
     assert run_training(config) == accuracy
