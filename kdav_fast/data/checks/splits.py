@@ -27,8 +27,7 @@ def check_splits(images: Images, batch_size: int) -> list[str]:
         batch_size: training images of a step over all processes.
 
     Raises:
-        InputError: all training images are of one class, a batch is larger than the data, or all evaluation images are
-            training images.
+        InputError: all training images are of one class.
     """
     train, evaluation = images
     counts = np.bincount(train.labels, minlength=len(train.classes))
@@ -38,11 +37,13 @@ def check_splits(images: Images, batch_size: int) -> list[str]:
             f"'{printable(train.classes[int(counts.argmax())])}', so that there is nothing to learn; give images of "
             "two classes or more"
         )
+    remarks = []
     if batch_size > len(train):
-        raise InputError(
-            f"train.batch_size is {batch_size} but {train.root} has {len(train)} training images; use at most that many"
+        remarks.append(
+            f"warning: train.batch_size is {batch_size} but {train.root} has {len(train)} training images: every step "
+            "takes all of them, and fills the batch with some again"
         )
-    return [*_classes_without_images(images, counts), *_compare_contents(train, evaluation)]
+    return [*remarks, *_classes_without_images(images, counts), *_compare_contents(train, evaluation)]
 
 
 class Shared(NamedTuple):
@@ -105,14 +106,12 @@ def _compare_contents(train: ImageSet, evaluation: ImageSet) -> list[str]:
     one, other = pairs[0]
     example = f"{printable(evaluation.name(one))} is {printable(train.name(other))}"
     if len(pairs) == examined:
-        raise InputError(
-            f"all {examined:,} {evaluation.split} images examined are training images ({example}), so that their "
-            "accuracy would say nothing; give images of their own"
+        found = f"all {examined:,} {evaluation.split} images examined are training images"
+    else:
+        found = (
+            f"{len(pairs):,} of {examined:,} {evaluation.split} images examined are training images as well"
         )
-    return [
-        f"warning: {len(pairs):,} of {examined:,} {evaluation.split} images examined are training images as well "
-        f"({example})"
-    ]
+    return [f"warning: {found} ({example}), so that the accuracy is not of unseen images"]
 
 
 def _of_equal_size(

@@ -55,8 +55,10 @@ def test_one_class_after_a_subset(tree):
 
 
 def test_a_batch_larger_than_the_data(tree):
-    with pytest.raises(InputError, match=r"train\.batch_size is 9 but .* has 8 training images; use at most"):
-        check(tree, batch_size=9)
+    [said] = check(tree, batch_size=9)
+    assert said.startswith(
+        f"warning: train.batch_size is 9 but {tree} has 8 training images: every step takes all"
+    )
 
 
 def test_classes_without_training_images(tmp_path):
@@ -75,17 +77,18 @@ def test_some_images_in_both(tree, copy):
     (tree / "val/dog/val1.jpg").unlink()
     copy(tree / "train/cat/train2.jpg", tree / "val/dog/val1.jpg")
     said = "warning: 1 of 6 val images examined are training images as well (val/dog/val1.jpg is train/cat/train2.jpg)"
-    assert check(tree) == [said]
+    assert check(tree) == [f"{said}, so that the accuracy is not of unseen images"]
 
 
 @pytest.mark.parametrize("copy", [os.symlink, shutil.copytree])
-def test_val_that_is_train_is_refused(tree, copy):
+def test_val_that_is_train(tree, copy):
     shutil.rmtree(tree / "val")
     copy(tree / "train", tree / "val")
-    with pytest.raises(
-        InputError, match=r"all 8 val images examined are training images \(val/cat/train0\.jpg is"
-    ):
-        check(tree)
+    [said] = check(tree)
+    assert (
+        "warning: all 8 val images examined are training images (val/cat/train0.jpg is train/cat/train0"
+        in said
+    )
 
 
 def test_an_end_in_common_is_not_enough(tree):
