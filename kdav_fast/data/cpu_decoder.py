@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from kdav_fast.data.dali_graph import Source, as_source
+from kdav_fast.data.formats import for_dali
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import CenterCrop, RandomResizedCrop
 from kdav_fast.data.read_ahead import read_ahead
@@ -62,7 +63,9 @@ class CpuDecoder:
     ) -> None:
         self._crop, self._size = crop, size
         self._pipeline = _pipeline(
-            as_source(read_ahead(batches, images.read, _READ_AHEAD), QUEUE),
+            as_source(
+                read_ahead(batches, lambda position: for_dali(images.read(position)), _READ_AHEAD), QUEUE
+            ),
             crop,
             batch_size=batch_size,
             num_threads=threads,

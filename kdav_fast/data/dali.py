@@ -25,6 +25,7 @@ from kdav_fast.data.dali_graph import (
     normalize,
 )
 from kdav_fast.data.epoch_loader import EpochLoader
+from kdav_fast.data.formats import for_dali
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import Preprocessing, crop_of_square, square_crop
 from kdav_fast.data.read_ahead import read_ahead
@@ -146,7 +147,8 @@ class DaliLoader(EpochLoader):
         """What the pipeline takes for each batch: files, or squares, or pixels. Refers to no loader: in a
         reference cycle, its threads would outlive it."""
         if self._decode == "gpu":
-            return read_ahead(batches, self.images.read, _READ_AHEAD)
+            read = self.images.read
+            return read_ahead(batches, lambda position: for_dali(read(position)), _READ_AHEAD)
         if self._decode == "cpu":
             self._decoder = CpuDecoder(
                 self.images,

@@ -3,7 +3,7 @@
 import hashlib
 import io
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO, Self
@@ -26,6 +26,8 @@ class ImageSet(ABC):
     """Class names; a label is a position in it."""
     labels: np.ndarray
     """N class ids, int64."""
+    remark: str | None = field(default=None, kw_only=True)
+    """A line that a user shall read before a run begins, if there is anything to say."""
 
     def __len__(self) -> int:
         return len(self.labels)

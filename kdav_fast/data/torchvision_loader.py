@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 
 from kdav_fast.data.checks.start import decoding_defects, defects_error
 from kdav_fast.data.epoch_loader import EpochLoader
+from kdav_fast.data.formats import rgb
 from kdav_fast.data.image_set import EncodedImages, PixelImages
 from kdav_fast.data.order import EpochOrder
 from kdav_fast.data.preprocessing import (
@@ -105,14 +106,7 @@ class _Images(Dataset):
         if isinstance(self._images, PixelImages):
             return self._transform(Image.fromarray(self._images.pixels[position].numpy()))
         with self._images.open(position) as file, Image.open(file) as image:
-            return self._transform(_rgb(image))
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16 bits of grey: Pillow would cut off what does not fit into 8, DALI keeps the high ones.
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+            return self._transform(rgb(image))
 
 
 def transform(preprocessing: Preprocessing) -> v2.Compose:

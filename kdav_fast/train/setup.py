@@ -134,6 +134,9 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
+    for split in images:
+        if split.remark:
+            cluster.say(split.remark)
     for remark in cluster.on_first(lambda: check_splits(images, train.batch_size)):
         cluster.say(remark)
     length = getattr(config.distiller, "memory_length", 0)

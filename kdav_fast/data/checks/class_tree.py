@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kdav_fast.data.formats import IMAGE_SUFFIXES
 from kdav_fast.data.image_set import is_utf8
-from kdav_fast.data.sources.folder import IMAGE_SUFFIXES, ImageFolder, open_regular_file
+from kdav_fast.data.sources.folder import ImageFolder, is_image, open_regular_file
 
 _Identity = tuple[int, int]  # device and inode: equal for all names of a folder
 
@@ -93,7 +94,7 @@ class _Walk:
             if _is_folder(entry):
                 classes.append(entry.name)
                 self._check_class_name(path, entry.name)
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            elif is_image(f"{self.root}/{split}", entry.name):
                 loose.append(path)
             elif not Path(entry.path).exists():
                 self.problem(path, "a link that leads nowhere; repair or remove it")
@@ -112,7 +113,7 @@ class _Walk:
             self._check_line(path, entry.name)
             if _is_folder(entry):
                 yield from self.images_below(path, (*above, here))
-            elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+            elif is_image(f"{self.root}/{folder}", entry.name):
                 yield path
             else:
                 self._pass_over(path)

@@ -5,36 +5,13 @@ import re
 from contextlib import suppress
 from typing import BinaryIO, NamedTuple
 
-from PIL.BmpImagePlugin import BmpImageFile
-from PIL.ImageFile import ImageFile
-from PIL.JpegImagePlugin import JpegImageFile
-from PIL.PngImagePlugin import PngImageFile
-from PIL.PpmImagePlugin import PpmImageFile
-from PIL.TiffImagePlugin import TiffImageFile
-from PIL.WebPImagePlugin import WebPImageFile
-
 from kdav_fast.config.data import PILLOW_MAX_PIXELS
 from kdav_fast.data.checks.jpeg import jpeg_damage
+from kdav_fast.data.formats import HEAD_BYTES, format_of, is_called, open_image
 from kdav_fast.data.image_set import EncodedImages
 
-_HEAD_BYTES = 16
 _END_BYTES = 4096
-_FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile]]] = {
-    "JPEG": (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
-    "PNG": (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
-    "BMP": (re.compile(rb"BM"), BmpImageFile),
-    "PPM": (re.compile(rb"P[1-6]\s"), PpmImageFile),
-    "TIFF": (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
-    "WEBP": (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
-}
-_SUFFIXES = {
-    "JPEG": (".jpg", ".jpeg"),
-    "PNG": (".png",),
-    "BMP": (".bmp",),
-    "PPM": (".ppm",),
-    "TIFF": (".tif", ".tiff"),
-    "WEBP": (".webp",),
-}
+_WIDE = ("F", "I")  # Pillow's modes of floats and 32-bit integers
 
 
 class Finding(NamedTuple):
@@ -52,7 +29,8 @@ def examine(
     """Look at one image of a split; see `image_defect`. That it cannot be read is a defect, too."""
     try:
         with images.open(position) as file:
-            foreign = _foreign_format(images.name(position), file.read(_HEAD_BYTES))
+            kind = format_of(file.read(HEAD_BYTES))
+            foreign = None if kind is None or is_called(images.name(position), kind) else kind
             return Finding(image_defect(file, max_pixels, decode), foreign)
     except OSError as error:
         return Finding(f"cannot be read: {error.strerror or error}")
@@ -85,7 +63,7 @@ def _defect(file: BinaryIO, max_pixels: int | None, decode: bool) -> str | None:
     if size == 0:
         return "empty"
     file.seek(0)
-    kind = _format_of(file.read(_HEAD_BYTES))
+    kind = format_of(file.read(HEAD_BYTES))
     if kind is None:
         return "not an image of a known format"
     if kind in ("JPEG", "PNG"):
@@ -100,11 +78,13 @@ def _defect(file: BinaryIO, max_pixels: int | None, decode: bool) -> str | None:
             if b"IEND" not in file.read():
                 return "truncated"  # Pillow may overlook a missing end; DALI does not
     try:
-        # Not by Image.open, which warns of large images or refuses them without saying how large they are.
-        width, height = _opened(file, kind).size
+        image = open_image(file, kind)
+        width, height = image.size
         if width * height > (max_pixels or PILLOW_MAX_PIXELS):
             limit = f"data.max_pixels={max_pixels}" if max_pixels else f"the {PILLOW_MAX_PIXELS} Pillow opens"
             return f"{width} x {height} pixels, more than {limit}"
+        if image.mode in _WIDE and kind == "TIFF":
+            return "pixels of 32 bits, whose range nobody knows; save them with 8 or 16"
         damage = _decode(file, kind) if decode else None
     except Exception as error:  # the plugins raise whatever they stumble over
         if isinstance(error, OSError) and error.errno is not None:
@@ -115,26 +95,11 @@ def _defect(file: BinaryIO, max_pixels: int | None, decode: bool) -> str | None:
     return "truncated" if re.search("truncated|premature end of jpeg", damage, re.I) else f"damaged: {damage}"
 
 
-def _opened(file: BinaryIO, kind: str) -> ImageFile:
-    """By Pillow, which reads the header."""
-    file.seek(0)
-    return _FORMATS[kind][1](file, "")
-
-
 def _decode(file: BinaryIO, kind: str) -> str | None:
     """What is wrong inside, or `None`; raises what Pillow does."""
     if kind == "JPEG":
         file.seek(0)
         with suppress(ValueError):  # Pillow knows more kinds
             return jpeg_damage(file.read())
-    _opened(file, kind).load()
+    open_image(file, kind).load()
     return None
-
-
-def _format_of(head: bytes) -> str | None:
-    return next((kind for kind, (magic, _) in _FORMATS.items() if magic.match(head)), None)
-
-
-def _foreign_format(name: str, head: bytes) -> str | None:
-    found = _format_of(head)
-    return found if found and not name.lower().endswith(_SUFFIXES[found]) else None

@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,15 +13,21 @@ from typing import BinaryIO
 
 import numpy as np
 
+from kdav_fast.data.formats import HEAD_BYTES, IMAGE_SUFFIXES, format_of
 from kdav_fast.data.image_set import EncodedImages, is_utf8, printable
 from kdav_fast.data.sources.flat_split import describe_label_files, find_label_file, read_labels
 from kdav_fast.errors import InputError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
-"""What DALI and PIL both decode; upper and lower case alike."""
 _THREADS = 16  # they wait for the file system most of the time
 _CHUNK = 256  # files a task of theirs
 _ALL_IMAGES = "images"  # Tiny-ImageNet's folder below val/
+# Files that belong to no image set by mistake: lists, labels, descriptions, code.
+# fmt: off
+_COMPANIONS = (
+    ".txt", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".md", ".html", ".log", ".db", ".ini",
+    ".py", ".sh", ".lst", ".idx", ".md5", ".sha256",
+)
+# fmt: on
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,9 +159,11 @@ def index_folder(root: Path, split: str) -> ImageFolder:
             )
     paths: list[str] = []
     counts = []
+    others: list[str] = []
     for name in classes:
         _refuse_loop(folder / name, root)
-        images = sorted(_images_below(root, f"{split}/{name}"))
+        images, beside = _files_below(root, f"{split}/{name}")
+        others += beside
         if not images:
             raise InputError(
                 f"class folder {folder / name} holds no images ({', '.join(IMAGE_SUFFIXES)}); fill or remove it"
@@ -164,7 +171,7 @@ def index_folder(root: Path, split: str) -> ImageFolder:
         paths += images
         counts.append(len(images))
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-    return ImageFolder(root, split, tuple(classes), labels, tuple(paths))
+    return ImageFolder(root, split, tuple(classes), labels, tuple(paths), remark=_remark(folder, others))
 
 
 def _index_flat(root: Path, split: str, classes: tuple[str, ...], label_file: Path) -> ImageFolder:
@@ -172,13 +179,25 @@ def _index_flat(root: Path, split: str, classes: tuple[str, ...], label_file: Pa
         raise InputError(
             f"the classes of the images in {root / split} are those of train/, which {root} lacks; add train/CLASS/"
         )
-    paths = tuple(sorted(_images_below(root, split)))
+    paths, others = _files_below(root, split)
     if not paths:
         raise InputError(
             f"{root / split} holds no images ({', '.join(IMAGE_SUFFIXES)}), but {label_file} names its classes; "
             "put them there"
         )
-    return ImageFolder(root, split, classes, read_labels(label_file, paths, classes), paths)
+    labels = read_labels(label_file, paths, classes)
+    return ImageFolder(root, split, classes, labels, tuple(paths), remark=_remark(root / split, others))
+
+
+def is_image(folder: str, name: str) -> bool:
+    """Whether training takes a file: by its suffix, or, without one, by what it begins with."""
+    if "." in name:
+        return name.lower().endswith(IMAGE_SUFFIXES)
+    try:
+        with open_regular_file(f"{folder}{os.sep}{name}") as file:
+            return format_of(file.read(HEAD_BYTES)) is not None
+    except OSError:
+        return False
 
 
 def _byte_size(path: str) -> int:
@@ -231,8 +250,9 @@ def _subfolders(folder: Path) -> list[str]:
         raise _unreadable(error) from None
 
 
-def _images_below(root: Path, folder: str) -> Iterator[str]:
-    """Paths relative to `root` of the images at any depth below `root/folder`."""
+def _files_below(root: Path, folder: str) -> tuple[list[str], list[str]]:
+    """Sorted paths relative to `root`, at any depth below `root/folder`: images, and what may be meant as such."""
+    images, others = [], []
 
     def stop(error: OSError) -> None:
         raise _unreadable(error)
@@ -243,8 +263,26 @@ def _images_below(root: Path, folder: str) -> Iterator[str]:
         for name in folders:
             _refuse_loop(Path(directory, name), root)
         for name in names:
-            if name[0] != "." and name.lower().endswith(IMAGE_SUFFIXES):
-                yield f"{directory}{os.sep}{name}"[len(base) :]
+            if name[0] == ".":
+                continue
+            path = f"{directory}{os.sep}{name}"[len(base) :]
+            if is_image(directory, name):
+                images.append(path)
+            elif "." in name and not name.lower().endswith(_COMPANIONS):
+                others.append(path)
+    return sorted(images), sorted(others)
+
+
+def _remark(folder: Path, others: list[str], most: int = 3) -> str | None:
+    """What to say about files that may be meant as images."""
+    if not others:
+        return None
+    named = ", ".join(map(printable, others[:most]))
+    named += f" and {len(others) - most:,} more" if len(others) > most else ""
+    return (
+        f"note: {printable(str(folder))}: {len(others):,} files are passed over for their suffix: {named}; rename or "
+        "convert what is meant as an image"
+    )
 
 
 def _refuse_loop(folder: Path, root: Path) -> None:

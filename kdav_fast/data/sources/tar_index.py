@@ -21,8 +21,9 @@ import numpy as np
 from tqdm import tqdm
 
 from kdav_fast.data.cache import cache_folder, write_atomically
+from kdav_fast.data.formats import IMAGE_SUFFIXES
 from kdav_fast.data.image_set import printable
-from kdav_fast.data.sources.folder import IMAGE_SUFFIXES, open_regular_file
+from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.errors import InputError
 
 _IMAGE_FIELDS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)

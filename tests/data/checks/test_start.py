@@ -65,7 +65,7 @@ def test_sound_images_pass(content, decode):
         (JPEG[:3], "truncated|damaged: "),
         (JPEG[:30], "truncated|damaged: "),
         (b"<html>not found</html>", "not an image"),
-        (encoded("GIF"), "not an image"),
+        (encoded("TGA"), "not an image"),
         (PNG[: len(PNG) // 2], "truncated"),
         (PNG[:-12], "truncated"),
         (PNG[:8], "truncated"),

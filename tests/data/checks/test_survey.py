@@ -75,8 +75,8 @@ def test_a_sound_tree(root):
         ),
         (lambda root: (root / "train/cat/d.png").symlink_to("x"), "train/cat/d.png", "No such file"),
         (lambda root: (root / "train/cat/d").symlink_to("x"), "train/cat/d", "No such file"),
-        (lambda root: (root / "train/cat/a.gif").write_bytes(b"GIF89a\0"), "train/cat/a.gif", "its suffix"),
-        (lambda root: (root / "train/cat/a.jfif").write_bytes(JPEG), "train/cat/a.jfif", "its suffix"),
+        (lambda root: (root / "train/cat/a.heic").write_bytes(b"\0\0"), "train/cat/a.heic", "its suffix"),
+        (lambda root: (root / "train/cat/a.jpg1").write_bytes(JPEG), "train/cat/a.jpg1", "its suffix"),
         (lambda root: (root / "train/a.png").write_bytes(PNG), "train/a.png", "in no class folder"),
         (
             lambda root: (root / "train/cat/up").symlink_to(".."),
@@ -202,7 +202,7 @@ def test_notes_are_no_problems(root):
     (root / "train/cat/0.png").write_bytes(JPEG)
     (root / "train/list.csv").touch()
     (root / "train/.hidden").mkdir()
-    (root / "train/cat/.x.gif").write_bytes(b"GIF89a\0")
+    (root / "train/cat/.x.heic").write_bytes(b"GIF89a\0")
     found = look(root)
     assert found.problems == []
     assert found.lines() == [
