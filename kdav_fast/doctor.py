@@ -26,6 +26,7 @@ from rich.table import Table
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.memory_format import SAFE_CHANNELS
 from kdav_fast.train.optimizer import APEX_BUILD, APEX_CLASSES
+from kdav_fast.train.precision import SMALLEST_BF16_IMAGE, cpu_has_bf16
 
 State = Literal["on", "off", "info"]
 GIB = 2**30
@@ -220,8 +221,12 @@ def _bf16() -> Answer:
     if torch.cuda.is_available():
         _need_capability((8, 0), "bf16 on the matrix units", "the A100")
         return "on", "the GPU's matrix units take bf16"
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        return "info", "the CPU has bf16 instructions; precision 'auto' takes fp32 without a GPU"
+    if cpu_has_bf16():
+        kind = "AMX" if torch.cpu._is_amx_tile_supported() else "AVX-512"
+        return "on", (
+            f"the CPU has bf16 instructions ({kind}); train.precision=auto takes bf16 for images of "
+            f"{SMALLEST_BF16_IMAGE} pixels or more, where it was faster (docs/precision.md), and fp32 below"
+        )
     raise Off(
         "this CPU has no bf16 instructions and would emulate it", "a GPU; until then train.precision=fp32"
     )

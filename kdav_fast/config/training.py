@@ -70,8 +70,9 @@ class TrainConfig(Section):
     """Micro-batches an optimizer step."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of the networks; weights and loss stay in float32. `auto`: bf16 where the GPU has it, else fp32. `fp16` scales
-    the loss, so that small gradients do not vanish."""
+    """Of the networks; weights and loss stay in float32. `auto`: bf16 where the GPU has it, or where the
+    CPU has and images are of 32 pixels or more, else fp32 (docs/precision.md); a run keeps what it began with. `fp16`
+    scales the loss, so that small gradients do not vanish."""
     max_skipped_steps: Count = 20
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     cudnn_benchmark: bool = True

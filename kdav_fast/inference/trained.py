@@ -12,7 +12,7 @@ from kdav_fast.inference.onnx_file import OnnxStudent, is_onnx, read_onnx
 from kdav_fast.runtime.memory_format import set_layout
 from kdav_fast.student_file import StudentCard, find_student_file, read_student
 from kdav_fast.train.distributed import Cluster, start_cluster
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype
+from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve_precision
 
 EFFECTIVE = frozenset(
     {"device", "train.batch_size", "train.precision"}
@@ -100,7 +100,8 @@ def start_inference(trained: Trained, config: Config) -> tuple[nn.Module, Cluste
         trained.network.check(trained.card, config.data.image_size)
         return trained.network, start_cluster(trained.network.device(config.device)), None
     cluster = start_cluster(config.device)
-    dtype = autocast_dtype(config.train.precision, cluster.device)
+    precision = resolve_precision(config.train.precision, cluster.device, config.data.image_size)
+    dtype = autocast_dtype(precision, cluster.device)
     check_image_dtype(config.data.dtype, dtype)
     network = trained.network.to(cluster.device)
     set_layout(network, config.data.layout, cluster.device)

@@ -25,7 +25,7 @@ from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_data import write_run_data
-from kdav_fast.train.run_folder import check_run_folder, write_run_config
+from kdav_fast.train.run_folder import check_run_folder, precision_of_run, write_run_config
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step
@@ -65,6 +65,7 @@ def _run_training(config: Config, cluster: Cluster, extend: bool) -> Accuracy | 
 
 def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock, extend: bool) -> Accuracy | None:
     parts, extended = prepare(config, cluster, extend)
+    config = parts.config
     cluster.on_first(lambda: write_run_config(config))
     cluster.on_first(lambda: write_run_data(config.run_dir, parts.data))
     if cluster.on_first(lambda: is_complete(config)):
@@ -96,13 +97,20 @@ def _run_in_folder(config: Config, cluster: Cluster, lock: RunLock, extend: bool
 
 
 def prepare(config: Config, cluster: Cluster, extend: bool) -> tuple[Parts, float | None]:
-    """The parts of a run that its folder allows, and the epochs that it had if this start extends them."""
+    """The parts of a run that its folder allows, and the epochs that it had if this start extends them.
+
+    The parts' config says which precision `auto` stands for.
+    """
 
     def check() -> float | None:
         extended = check_run_folder(config, extend)
         check_extension(config)
         return extended
 
+    # The first process decides: others may have other processors.
+    precision = cluster.on_first(lambda: precision_of_run(config, cluster.device))
+    train = config.train.model_copy(update={"precision": precision})
+    config = config.model_copy(update={"train": train})
     extended = cluster.on_first(check)
     return set_up(config, cluster), extended
 

@@ -6,9 +6,34 @@ import torch
 
 from kdav_fast.errors import InputError
 
+SMALLEST_BF16_IMAGE = 32
+"""Pixels a side from which bf16 was faster on a CPU, for networks of every size tried (docs/precision.md)."""
+Format = Literal["fp32", "bf16", "fp16"]
+
+
+def resolve_precision(precision: Literal["auto", Format], device: torch.device, image_size: int) -> Format:
+    """What `auto` stands for: bf16 where it is faster, the same whenever this machine is asked; others as they are.
+
+    Args:
+        precision: as in a config.
+        device: where the networks compute.
+        image_size: pixels a side.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if cpu_has_bf16() and image_size >= SMALLEST_BF16_IMAGE else "fp32"
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the CPU multiplies bf16 by instructions of its own, which torch knows how to use."""
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_instructions and torch.backends.mkldnn.is_available()
+
 
 def autocast_dtype(
-    precision: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device, key: str = "train.precision"
+    precision: Format, device: torch.device, key: str = "train.precision"
 ) -> torch.dtype | None:
     """The autocast dtype of a run, or None for plain float32; `key` is what messages call `precision`.
 
@@ -21,8 +46,6 @@ def autocast_dtype(
     if precision == "bf16" and not has_bf16:
         name = torch.cuda.get_device_name(device)
         raise InputError(f"{key} is 'bf16' but {name} has no bf16 arithmetic; use {key}=fp16 or fp32")
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" and has_bf16 else None
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

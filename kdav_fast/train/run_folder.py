@@ -1,11 +1,14 @@
 """The run's folder: one config, written once, and an answer to "is this the same run?"."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
+from kdav_fast.train.precision import Format, resolve_precision
 
 _FILE = "config.yaml"
 # These say where and how fast a run runs, not what it computes: they may change on a restart.
@@ -74,6 +77,17 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
             f"{here.get(key)!r} here; {remedy}"
         )
     return epochs if wanted > epochs else None
+
+
+def precision_of_run(config: Config, device: torch.device) -> Format:
+    """`train.precision`, or what `auto` stands for: what the folder's run began with, else what is faster here."""
+    begun = None
+    if config.train.precision == "auto" and (config.run_dir / _FILE).exists():
+        section = read_run_config(config.run_dir).get("train")
+        begun = section.get("precision") if isinstance(section, dict) else None
+    if begun in get_args(Format):
+        return begun
+    return resolve_precision(config.train.precision, device, config.data.image_size)
 
 
 def write_run_config(config: Config) -> None:

@@ -28,7 +28,7 @@ from kdav_fast.train.first_answers import FirstAnswers
 from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype
+from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve_precision
 from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.sync_batchnorm import synchronize_batchnorm
@@ -123,7 +123,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
             f"train.batch_size is {train.batch_size}; with {cluster.world} processes and train.accumulate="
             f"{train.accumulate} it must be a multiple of {per_step}"
         )
-    dtype = autocast_dtype(train.precision, device)
+    dtype = autocast_dtype(resolve_precision(train.precision, device, config.data.image_size), device)
     check_image_dtype(config.data.dtype, dtype)
     if getattr(config.distiller, "impl", None) == "triton" and device.type != "cuda":
         raise InputError(

@@ -15,7 +15,6 @@ from kdav_fast.train.engine import StudentEngine
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import autocast_dtype
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.teacher import FrozenTeacher
 
@@ -66,12 +65,6 @@ def test_both_mixings_take_turns():
         images, _ = mix(batch)
         kinds.add(bool(((images == batch.images) | (images == batch.images.roll(1, 0))).all()))
     assert kinds == {True, False}
-
-
-def test_precision():
-    assert autocast_dtype("auto", CPU) is None
-    assert autocast_dtype("fp32", CPU) is None
-    assert autocast_dtype("bf16", CPU) is torch.bfloat16
 
 
 def test_meter_means_over_valid_images():
