@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
 from kdav_fast.outputs import Outputs
-from kdav_fast.train.deepspeed_config import deepspeed_config
+from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.precision import LossScale
 
@@ -82,11 +82,13 @@ class StudentEngine:
     def _initialize(self, module, optimizer, config: TrainConfig, cluster: Cluster, dtype) -> Any:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype, trained)
+        if shows_in_log(settings):
+            self._deepspeed.utils.logger.setLevel(logging.INFO)
         try:
             engine, *_ = self._deepspeed.initialize(
                 model=module, optimizer=optimizer, dist_init_required=False, config=settings
             )
-        except (ValueError, AssertionError, self._deepspeed.DeepSpeedConfigError) as error:
+        except (ValueError, AssertionError, ImportError, self._deepspeed.DeepSpeedConfigError) as error:
             if config.deepspeed is None:
                 raise
             raise InputError(
