@@ -6,11 +6,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from kdav_fast.data import Loader, build_evaluation_loader, check_images, open_evaluation_images
 from kdav_fast.errors import InputError
 from kdav_fast.inference.trained import Trained, inference_config, open_trained, start_inference
+from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.tracking.class_results import ClassResults, ClassTally
 from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.meter import correct_counts
@@ -56,7 +56,7 @@ def evaluate(
     was_training = network.training
     network.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=cluster.device)
-    batches = tqdm(
+    batches = ProgressBar(
         loader, "evaluate", loader.steps_per_epoch, leave=False, disable=None if cluster.is_first else True
     )
     for batch in batches:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import psutil
 import torch
-from tqdm import tqdm
 
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.image_set import ImageSet, PixelImages
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.progress_bar import ProgressBar
 
 _GIB = 2**30
 
@@ -48,7 +48,7 @@ def decode_once(
     images, size = loader.images, loader.preprocessing.size
     _require_memory(images, size, device, local_world)
     pixels = torch.empty(len(images), size, size, 3, dtype=torch.uint8, device=device)
-    for batch in tqdm(
+    for batch in ProgressBar(
         loader, f"decode {images.split}", loader.steps_per_epoch, disable=None if progress else True
     ):
         pixels[batch.index.to(device)] = batch.images.permute(0, 2, 3, 1).to(device)

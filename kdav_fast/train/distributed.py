@@ -3,7 +3,7 @@
 import atexit
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -13,16 +13,11 @@ import torch.distributed as dist
 from torch import nn
 
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.say import say
 
 T = TypeVar("T")
 # Of control messages: long enough for rank 0 to scan a large data set on a slow file system while the others wait.
 TIMEOUT = timedelta(minutes=30)
-
-
-def say(text: str) -> None:
-    """Print a line. Whoever read it may be gone (a launcher, a terminal), which must not cost the run's state."""
-    with suppress(OSError):
-        print(text, flush=True)
 
 
 @dataclass(frozen=True)

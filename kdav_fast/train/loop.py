@@ -5,7 +5,6 @@ from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from kdav_fast.config import Config
 from kdav_fast.data import Batch, Loader
@@ -14,6 +13,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.evaluate import Accuracy, evaluate
 from kdav_fast.metrics_log import MetricsLog
 from kdav_fast.report import PAGE, write_report
+from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
 from kdav_fast.tracking.class_results import ClassTally, write_class_results
@@ -195,7 +195,7 @@ def measure_teacher(parts: Parts, stop: StopRequest) -> bool:
     Returns whether it was completed; False if a signal came first.
     """
     loader, cluster = parts.loaders.measure(), parts.cluster
-    for batch in tqdm(
+    for batch in ProgressBar(
         loader, "measure teacher", loader.steps_per_epoch, disable=None if cluster.is_first else True
     ):
         answers, target = parts.teacher(batch.images), Target(batch.target, batch.valid)

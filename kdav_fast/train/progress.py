@@ -2,9 +2,16 @@
 
 import sys
 
-from tqdm import tqdm
+from kdav_fast.runtime.progress_bar import ProgressBar
+from kdav_fast.runtime.say import say
+from kdav_fast.train.distributed import Cluster
 
-from kdav_fast.train.distributed import Cluster, say
+_ON_BAR = {
+    "train/loss": "loss {:.4g}",
+    "train/top1": "top-1 {:.1f} %",
+    "images_per_second": "{:,.0f} images/s",
+}
+"""What stands behind the bar, the most important first; `metrics.jsonl` has the rest."""
 
 
 class Progress:
@@ -19,8 +26,8 @@ class Progress:
     def __init__(self, cluster: Cluster, step: int, steps: int) -> None:
         self._speaks = cluster.is_first
         self._steps = steps
-        terminal = self._speaks and sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True) if terminal else None
+        bar = ProgressBar(total=steps, initial=step, unit="step", disable=None) if self._speaks else None
+        self._bar = None if bar is None or bar.disable else bar
 
     def advance(self) -> None:
         """One optimizer step is done."""
@@ -29,10 +36,12 @@ class Progress:
 
     def show(self, step: int, values: dict[str, float]) -> None:
         """The metrics of a logging interval or an evaluation."""
-        shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
         if self._bar is not None and not any(name.startswith("val/") for name in values):
-            self._bar.set_postfix_str(shown)
+            self._bar.show_figures(
+                words.format(values[name]) for name, words in _ON_BAR.items() if name in values
+            )
         else:
+            shown = "  ".join(f"{name} {_short(value)}" for name, value in values.items())
             self.say(f"step {step}/{self._steps}  {shown}")
 
     def say(self, text: str) -> None:

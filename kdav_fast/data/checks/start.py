@@ -12,12 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from tqdm import tqdm
-
 from kdav_fast.data.cache import cache_folder, write_atomically
 from kdav_fast.data.checks.defects import examine
 from kdav_fast.data.image_set import EncodedImages, ImageSet, printable
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.progress_bar import ProgressBar
 
 _CHUNK = 256  # images a task of the thread pool: one at a time costs more in bookkeeping than in reading
 DECODING_CHUNK = 16  # decoding is slow, and the bar shall move
@@ -50,7 +49,7 @@ def check_images(
     record = clean_record(images, max_pixels, decode, workers)
     if record.exists():
         return
-    bar = tqdm(
+    bar = ProgressBar(
         total=len(images),
         desc=f"{'decoding' if decode else 'looking at'} {images.split} once",
         unit="image",
@@ -82,7 +81,7 @@ def remember_clean(record: Path, images: EncodedImages) -> None:
 
 
 def scan(
-    images: ImageSet, examine: Callable[[int], T], workers: int, bar: tqdm | None, chunk: int = _CHUNK
+    images: ImageSet, examine: Callable[[int], T], workers: int, bar: ProgressBar | None, chunk: int = _CHUNK
 ) -> Iterator[T]:
     """What `examine` finds at every position, in order. Threads that are no longer waited for stop at once.
 

@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from kdav_fast.config import DataConfig, apply_overrides, parse_config
 from kdav_fast.data.checks.class_tree import ClassTree, Remark, compare_classes, walk_classes
 from kdav_fast.data.checks.defects import examine
@@ -19,6 +17,7 @@ from kdav_fast.data.sources import open_images
 from kdav_fast.data.sources.folder import ImageFolder, index_folder, open_evaluation_folder
 from kdav_fast.data.sources.skip_list import leave_out, write_skip_list
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.progress_bar import ProgressBar
 
 _EVALUATION = ("val", "test")
 _READERS = 16  # threads that mostly wait for the file system
@@ -125,7 +124,7 @@ def survey(
     result.classes = len({name for images in splits for name in images.classes})
     workers = workers or (len(os.sched_getaffinity(0)) if decode else _READERS)
     look = partial(examine, max_pixels=config.max_pixels, decode=decode)
-    with tqdm(
+    with ProgressBar(
         total=sum(map(len, splits)),
         desc="decoding" if decode else "checking",
         unit="image",
@@ -140,7 +139,7 @@ def survey(
 
 
 def _examine_images(
-    images: EncodedImages, look: partial, result: Survey, bar: tqdm, workers: int, decode: bool
+    images: EncodedImages, look: partial, result: Survey, bar: ProgressBar, workers: int, decode: bool
 ) -> None:
     chunk = {"chunk": DECODING_CHUNK} if decode else {}
     record = clean_record(images, look.keywords["max_pixels"], decode, workers)

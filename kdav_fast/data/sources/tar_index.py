@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from kdav_fast.data.cache import cache_folder, write_atomically
 from kdav_fast.data.formats import IMAGE_SUFFIXES
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.progress_bar import ProgressBar
 
 _IMAGE_FIELDS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 _LABEL_FIELD = "cls"
@@ -74,7 +74,7 @@ def index_shards(shards: Sequence[Path], description: str) -> list[ShardIndex]:
     """
     with ThreadPoolExecutor(_THREADS) as pool:
         indices = pool.map(index_shard, shards)
-        return list(tqdm(indices, description, len(shards), unit="shard", delay=2, disable=None))
+        return list(ProgressBar(indices, description, len(shards), unit="shard", delay=2, disable=None))
 
 
 def index_shard(path: Path) -> ShardIndex:
