@@ -13,6 +13,7 @@ from typing import NoReturn
 from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError, RankLostError
 from kdav_fast.runtime.json_text import json_text
+from kdav_fast.runtime.say import say_once
 from kdav_fast.runtime.versions import versions
 
 BAD_INPUT = 2
@@ -153,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(config: Config, options: argparse.Namespace) -> int:
+    say_once("loading PyTorch")
     if options.check:
         from kdav_fast.train.check import check_training
 

@@ -10,10 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard.summary import scalar
-
 from kdav_fast.errors import InputError
 
 FILE_NAME = "metrics.jsonl"
@@ -86,6 +82,12 @@ class _Events:
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
+        # Imported here: who only reads metrics does not wait for torch.
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+        from torch.utils.tensorboard.summary import scalar
+
+        self._event, self._scalar = Event, scalar
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter((folder / name).open("wb"))
@@ -95,11 +97,11 @@ class _Events:
         self._records.flush()
 
     def _add(self, **fields: Any) -> None:
-        self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        self._records.write(self._event(wall_time=time.time(), **fields).SerializeToString())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
-            self._add(step=step, summary=scalar(key, value))
+            self._add(step=step, summary=self._scalar(key, value))
         self._records.flush()
 
     def close(self) -> None:

@@ -1,29 +1,27 @@
 """From image files to the batches of one rank."""
 
+from __future__ import annotations
+
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-
-import torch
+from typing import TYPE_CHECKING
 
 from kdav_fast.config import DataConfig
-from kdav_fast.data.batch import Batch, Loader
 from kdav_fast.data.checks.start import check_images
-from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.image_set import ImageSet
-from kdav_fast.data.preprocessing import (
-    Normalization,
-    Preprocessing,
-    evaluation_pixels,
-    evaluation_preprocessing,
-    pixel_preprocessing,
-    resident_preprocessing,
-    training_preprocessing,
-)
-from kdav_fast.data.resident import ResidentImages, decode_once
 from kdav_fast.data.sources import Images, open_evaluation_images, open_images
 from kdav_fast.errors import InputError
+
+# torch takes seconds to load, and looking at images needs none: what does is imported where it is used.
+if TYPE_CHECKING:
+    import torch
+
+    from kdav_fast.data.batch import Batch, Loader
+    from kdav_fast.data.epoch_loader import EpochLoader
+    from kdav_fast.data.preprocessing import Normalization, Preprocessing
+    from kdav_fast.data.resident import ResidentImages
 
 __all__ = [
     "Batch",
@@ -40,6 +38,14 @@ __all__ = [
 ]
 
 _DECODE_BATCH = 256
+
+
+def __getattr__(name: str):
+    if name in ("Batch", "Loader"):
+        from kdav_fast.data import batch
+
+        return getattr(batch, name)
+    raise AttributeError(f"module 'kdav_fast.data' has no attribute {name!r}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,10 @@ def build_loaders(
     Raises:
         InputError: the wanted way of loading cannot be used, or resident images do not fit or cannot be decoded.
     """
+    import torch
+
+    from kdav_fast.data.preprocessing import evaluation_preprocessing, training_preprocessing
+
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // local_world)
     make = partial(_loader_class(config, device), device=device, workers=workers)
     evaluation_view = evaluation_preprocessing(config, normalization)
@@ -114,6 +124,8 @@ def build_evaluation_loader(
     normalization: Normalization,
 ) -> Loader:
     """One process's loader of an evaluation split, as in `build_loaders`. It passes once: nothing is resident."""
+    from kdav_fast.data.preprocessing import evaluation_preprocessing
+
     workers = config.workers or len(os.sched_getaffinity(0))
     view = evaluation_preprocessing(config, normalization)
     loader_class = _loader_class(config, device)
@@ -126,6 +138,9 @@ def decode_images(config: DataConfig, images: ImageSet, device: torch.device) ->
     Raises:
         InputError: as in `build_loaders`.
     """
+    from kdav_fast.data.preprocessing import evaluation_pixels
+    from kdav_fast.data.resident import decode_once
+
     workers = config.workers or len(os.sched_getaffinity(0))
     make = partial(_loader_class(config, device), device=device, workers=workers)
     decoder = make(images, evaluation_pixels(config), batch_size=_DECODE_BATCH, shuffle=False)
@@ -142,11 +157,14 @@ def _keep(
     progress: bool,
 ) -> tuple[ImageSet, Preprocessing]:
     """A split in memory, and what remains to be done to its pixels."""
+    from kdav_fast.data.preprocessing import pixel_preprocessing, resident_preprocessing
+    from kdav_fast.data.resident import decode_once
+
     decoder = make(images, pixel_preprocessing(view), batch_size=_DECODE_BATCH, shuffle=False)
     return decode_once(decoder, place, local_world, progress), resident_preprocessing(view)
 
 
-def _loader_class(config: DataConfig, device: torch.device) -> "type[EpochLoader] | partial[EpochLoader]":
+def _loader_class(config: DataConfig, device: torch.device) -> type[EpochLoader] | partial[EpochLoader]:
     if config.decode == "gpu" and device.type != "cuda":
         raise InputError(
             f"data.decode is 'gpu' but the device is '{device.type}'; set data.decode=cpu or device=cuda"

@@ -1,17 +1,21 @@
 """What a split of a data set is to everything that reads it, wherever its images lie."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import numpy as np
-from torch import Tensor
 
 from kdav_fast.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)

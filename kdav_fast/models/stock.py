@@ -4,8 +4,6 @@ import difflib
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import timm
-import torchvision
 from torch import nn
 
 from kdav_fast.errors import InputError
@@ -56,6 +54,8 @@ def find_stock(name: str, classes: int, *, width: float = 1.0, pretrained: bool 
 
 
 def _timm(name: str, network: str, classes: int, width: float, pretrained: bool) -> Stock:
+    import timm  # here and not above: each library takes seconds, and a run needs one of them or none
+
     architecture, _, tag = network.partition(".")
     if not timm.is_model(architecture):
         raise InputError(_unknown(name, "timm", network, timm.list_models()))
@@ -73,6 +73,8 @@ def _timm(name: str, network: str, classes: int, width: float, pretrained: bool)
 
 
 def _torchvision(name: str, network: str, classes: int, width: float, pretrained: bool) -> Stock:
+    import torchvision
+
     # Classification only: the library's detectors and video networks have other registries.
     known = torchvision.models.list_models(module=torchvision.models)
     if network not in known:
@@ -112,6 +114,9 @@ def _unknown(name: str, family: str, network: str, known: Iterable[str]) -> str:
 
 
 def _families_for(network: str) -> str:
+    import timm
+    import torchvision
+
     libraries = {
         "timm": timm.list_models(),
         "torchvision": torchvision.models.list_models(module=torchvision.models),

@@ -1,19 +1,23 @@
 """How an evaluation went class by class: counted batch by batch, kept as `per_class.json`, printed worst first."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.json_text import json_text
-from kdav_fast.train.distributed import Cluster
+
+if TYPE_CHECKING:  # a report reads results without waiting for torch
+    from torch import Tensor
+
+    from kdav_fast.train.distributed import Cluster
 
 FILE_NAME = "per_class.json"
 _KEPT_PAIRS = 100
@@ -76,12 +80,16 @@ class ClassTally:
 
     def update(self, logits: Tensor, target: Tensor, valid: Tensor) -> None:
         """Add a batch: B x K scores, B class ids, and which of the B rows count."""
+        import torch
+
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         among_five = (best == target[:, None]).any(1)
         self._rows.append(torch.stack([target, best[:, 0], among_five.long(), valid.long()]))
 
     def results(self, classes: tuple[str, ...], cluster: Cluster) -> ClassResults:
         """Of all ranks together; every rank must ask."""
+        import torch
+
         rows = torch.cat(self._rows, dim=1).cpu().numpy() if self._rows else np.zeros((4, 0), np.int64)
         target, answer, among_five, valid = np.concatenate(cluster.gather(rows), axis=1)
         target, answer, among_five = (row[valid == 1] for row in (target, answer, among_five))

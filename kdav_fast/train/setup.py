@@ -31,7 +31,6 @@ from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve_precision
 from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.schedule import lr_factor
-from kdav_fast.train.sync_batchnorm import synchronize_batchnorm
 from kdav_fast.train.teacher import FrozenTeacher
 
 
@@ -133,6 +132,9 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
+    cluster.say(
+        f"reading {config.data.name} images" + (f" in {config.data.root}" if config.data.root else "")
+    )
     images = cluster.on_first(lambda: open_images(config.data, train.seed))
     for split in images:
         if split.remark:
@@ -152,6 +154,10 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     classes = images.train.classes
 
     torch.manual_seed(train.seed)  # the same initial weights on every rank
+    cluster.say(
+        f"{len(images.train):,} training and {len(images.evaluation):,} evaluation images of {len(classes):,} classes; "
+        f"building {config.model.name}"
+    )
     network, known = build_network(config.model, classes, "model")
     normalization = _configured(config.data) or known or IMAGENET
     micro_batch = micro_batch_size(train, cluster.world)
@@ -188,6 +194,8 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay), use_buffers=True)
         set_layout(average, config.data.layout, device)
     if train.sync_batchnorm:
+        from kdav_fast.train.sync_batchnorm import synchronize_batchnorm  # it loads timm
+
         student = synchronize_batchnorm(student)
     if config.model.compile:
         network.backbone.compile()  # under an embedding head, the network as a whole is never called
@@ -195,6 +203,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
     steps = max(1, round(train.epochs * steps_per_epoch))
     factor = lr_factor(config.schedule, steps, steps_per_epoch)
     optimizer = build_optimizer(config.optimizer, student)
+    cluster.say("starting DeepSpeed")
     engine = StudentEngine(student, optimizer, train, cluster, dtype)
     if train.zero_stage == 0:
         # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The higher
@@ -265,6 +274,7 @@ def _build_teacher(
         raise InputError(
             "the teacher has no weights; set teacher.checkpoint to a file or run, or teacher.pretrained=true"
         )
+    cluster.say(f"building the teacher {config.teacher.name}")
     network, known = build_network(config.teacher, classes, "teacher")
     classifier = copy.deepcopy(network.classifier)
     if config.teacher.sharded:

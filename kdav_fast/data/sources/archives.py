@@ -8,7 +8,6 @@ from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kdav_fast.data.image_set import PixelImages
 from kdav_fast.data.sources.archive_files import DamagedError, Files, Layout, read_files
@@ -79,6 +78,8 @@ def _images(layout: Layout, files: Files, root: Path, split: str) -> PixelImages
     wrong = labels[(labels < 0) | (labels >= len(classes))]
     if len(wrong):
         raise DamagedError(f"a label of {split} is {wrong[0]}, but there are {len(classes)} classes")
+    import torch  # imported here: it takes seconds, and most layouts need none
+
     return PixelImages(root, split, classes, labels.astype(np.int64), torch.from_numpy(pixels))
 
 
