@@ -36,6 +36,11 @@ LABELS = {
     "images_per_second": "throughput (images/s)",
     "data_wait_share": "waiting for data (share)",
 }
+HIGHEST = {"top1": 100, "top5": 100, "data_wait_share": 1}
+"""Axes of shares show no more than can be."""
+SPLITS = {"train": "training", "val": "validation"}
+LONGEST_LABEL = 70
+LONGEST_NOTE = 100
 UNITS = {"_kl": "nats", "_entropy": "nats", "_ms": "ms", "_seconds": "s", "_bytes": "bytes"}
 FIGURES = ("losses", "accuracy", "learning_rate", "throughput")  # then those of keys unknown here
 # What a training line may hold beside losses; any other `train/` or `val/` key is a part of the loss.
@@ -162,14 +167,32 @@ def _label(name: str) -> str:
 
 def _draw(runs: list[Run], panels: dict[str, list[str]], axis: str) -> Figure:
     height = 2.9 if len(panels) < 3 else 2.2
-    figure = Figure(figsize=(6.4, height * len(panels) + 0.6), layout="constrained")
+    labels = _legend_labels([run.label for run in runs])
+    columns = _legend_columns(labels)
+    rows = len(labels) / columns
+    figure = Figure(figsize=(6.4, height * len(panels) + 0.6 + 0.2 * max(0, rows - 2)), layout="constrained")
     FigureCanvasAgg(figure)
     all_axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, keys) in zip(all_axes, panels.items(), strict=True):
+        notes = {}
         for key in sorted(keys):  # validation after training, so on top of it
-            for index, run in enumerate(runs):
-                _curve(axes, index, _split(key)[0], *run.series(key, axis))
+            series = [run.series(key, axis) for run in runs]
+            same = _coinciding(series)
+            for index, (x, y) in enumerate(series):
+                hidden_by = sum(other > index for other in same[index])
+                _curve(axes, index, _split(key)[0], x, y, hidden_by)
+            for group in same:
+                if len(group) > 1:
+                    exactly = len({str(series[i]) for i in group}) == 1  # as text, a gap equals a gap
+                    splits = notes.setdefault((tuple(group), exactly), [])
+                    splits += {SPLITS.get(_split(key)[0], "")} - set(splits)
         _scale(axes, name)
+        if notes:
+            said = [
+                _alike([labels[i] for i in group], exactly, splits)
+                for (group, exactly), splits in notes.items()
+            ]
+            _note(axes, said)
         axes.set_ylabel(plain(_label(name)), fontsize=11)
         axes.grid(True, color="#d8d8d8", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
@@ -179,16 +202,57 @@ def _draw(runs: list[Run], panels: dict[str, list[str]], axis: str) -> Figure:
         all_axes[-1].set_xlim(-0.02 * end, 1.02 * end)
     all_axes[-1].set_xlabel("epoch" if axis == "epoch" else "optimizer step", fontsize=11)
     handles = [
-        Line2D([], [], label=plain(run.label), linewidth=2.2, **_colour_and_marker(index, always=False))
-        for index, run in enumerate(runs)
+        Line2D([], [], label=plain(label), linewidth=2.2, **_colour_and_marker(index, always=False))
+        for index, label in enumerate(labels)
     ]
     if {"train", "val"} <= {_split(key)[0] for keys in panels.values() for key in keys}:
         handles.append(Line2D([], [], color="#555555", linestyle="--", label="training"))
         handles.append(Line2D([], [], color="#555555", label="validation"))
-    figure.legend(
-        handles=handles, loc="outside upper center", ncols=2 if len(handles) == 4 else 3, frameon=False
-    )
+    columns = min(columns, 2 if len(handles) == 4 else 3)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False)
     return figure
+
+
+def _legend_labels(labels: list[str]) -> list[str]:
+    """Short enough for the figure, and still different from each other."""
+    short = [label if len(label) <= LONGEST_LABEL else _middle_cut(label) for label in labels]
+    return [f"{label} ({n + 1})" if short.count(label) > 1 else label for n, label in enumerate(short)]
+
+
+def _middle_cut(label: str) -> str:
+    half = LONGEST_LABEL // 2 - 2
+    return f"{label[:half]} ... {label[-half:]}"
+
+
+def _legend_columns(labels: list[str]) -> int:
+    longest = max(map(len, labels), default=0)
+    return 3 if longest <= 22 else 2 if longest <= 36 else 1
+
+
+def _coinciding(series: list[tuple[list[float], list[float]]]) -> list[list[int]]:
+    """For each run the runs, itself included, whose curve looks the same: one would be drawn over the other."""
+    finite = [value for _, y in series for value in y if math.isfinite(value)]
+    tolerance = 1e-3 * (max(finite) - min(finite)) if finite else 0.0
+
+    def same(a: tuple[list[float], list[float]], b: tuple[list[float], list[float]]) -> bool:
+        return a[0] == b[0] and all(
+            abs(v - w) <= tolerance or (math.isnan(v) and math.isnan(w))
+            for v, w in zip(a[1], b[1], strict=True)
+        )
+
+    return [[j for j, other in enumerate(series) if one[0] and same(one, other)] for one in series]
+
+
+def _alike(labels: list[str], exactly: bool, splits: list[str]) -> str:
+    where = " and ".join(filter(None, splits))
+    how = "identical" if exactly else "nearly identical"
+    return f"{how}{f' in {where}' if where else ''}: {' = '.join(labels)}"
+
+
+def _note(axes: Any, notes: list[str]) -> None:
+    """In small print above a panel, each cut where the panel ends."""
+    cut = [note if len(note) <= LONGEST_NOTE else f"{note[: LONGEST_NOTE - 4]} ..." for note in notes[:3]]
+    axes.set_title(plain("\n".join(cut)), fontsize=8, color="#555555", loc="right", pad=6)
 
 
 def _colour_and_marker(index: int, always: bool) -> dict[str, str]:
@@ -197,15 +261,19 @@ def _colour_and_marker(index: int, always: bool) -> dict[str, str]:
     return {"color": COLOURS[index % len(COLOURS)], "marker": marker}
 
 
-def _curve(axes: Any, index: int, split: str, x: list[float], y: list[float]) -> None:
+def _curve(axes: Any, index: int, split: str, x: list[float], y: list[float], hidden_by: int = 0) -> None:
+    """Draw one run. Where `hidden_by` later ones coincide with it, it is so wide that it shows under them."""
     style = _colour_and_marker(index, always=True)
     if len(y) >= SMOOTH_FROM and _is_noisy(y):
         axes.plot(x, y, color=style["color"], linewidth=0.6, alpha=0.25)
-        y = _running_median(y, len(y) // 80)
+        every = max(1, len(y) // 1000)
+        x, y = x[::every], _running_median(y, len(y) // 80, every)
     if split == "train":
         style |= {"linestyle": "--", "markerfacecolor": "white"}
     markevery = _marked(y, also_some=index >= len(COLOURS))
-    axes.plot(x, y, **style, linewidth=1.3 if split == "train" else 1.8, markersize=4, markevery=markevery)
+    wider = 2.2 * min(hidden_by, 4)
+    width = (1.3 if split == "train" else 1.8) + wider
+    axes.plot(x, y, **style, linewidth=width, markersize=4 + wider, markevery=markevery)
 
 
 def _marked(y: list[float], also_some: bool) -> list[int]:
@@ -223,10 +291,11 @@ def _is_noisy(y: list[float]) -> bool:
     return sum(a * b < 0 for a, b in pairwise(steps)) > len(y) / 4
 
 
-def _running_median(y: list[float], reach: int) -> list[float]:
-    """Median over `reach` values on each side, gaps left out; a gap itself stays one."""
+def _running_median(y: list[float], reach: int, every: int = 1) -> list[float]:
+    """Median over `reach` values on each side of every `every`-th, gaps left out; a gap itself stays one."""
     smooth = []
-    for i, value in enumerate(y):
+    for i in range(0, len(y), every):
+        value = y[i]
         near = [v for v in y[max(0, i - reach) : i + reach + 1] if not math.isnan(v)]
         smooth.append(math.nan if math.isnan(value) else median(near))
     return smooth
@@ -237,9 +306,17 @@ def _scale(axes: Any, name: str) -> None:
     cosine ends near 0, which the logarithm would inflate."""
     curves = [[value for value in line.get_ydata() if math.isfinite(value)] for line in axes.lines]
     values = [value for curve in curves for value in curve]
+    limit = HIGHEST.get(name)
     if name in ("images_per_second", "data_wait_share"):
         axes.set_ylim(bottom=0)
-    elif name not in ("top1", "top5") and values and 0 < min(values) < max(values) / 90:
+    if limit is not None and all(0 <= value <= limit for value in values):
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, 0), min(high, limit))
+        for line in axes.lines:  # a curve along the limit keeps its whole width
+            line.set_clip_on(False)
+    elif (
+        name not in HIGHEST and name != "images_per_second" and values and 0 < min(values) < max(values) / 90
+    ):
         in_steps = all(len(set(curve)) * 4 < len(curve) for curve in curves)
         axes.set_yscale("log" if name != "lr" or in_steps else "linear")
 
