@@ -147,20 +147,6 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_prediction_is_the_sum_of_its_pieces(finished):
-    _, result, _ = finished
-    row, piece = result["rows"][0], result["pieces"][0]
-    assert sum(row["pieces_s"].values()) == pytest.approx(row["predicted_s"])
-    assert row["pieces_s"]["compute"] == piece["alone"]["median_s"]
-    assert row["measured_s"] == piece["run"]["median_s"]
-    assert row["error_percent"] == pytest.approx(100 * (row["predicted_s"] / row["measured_s"] - 1))
-    link = row["links"]["all_reduce"]
-    size = next(one["bytes"] for one in row["collectives"] if one["what"] == "gradients")
-    by_hand = 2 * link["latency_s"] + size / link["bytes_per_s"]
-    assert row["pieces_s"]["gradients"] == pytest.approx(by_hand)
-
-
-@pytest.mark.slow
 def test_the_curves_reach_1024_and_say_what_they_assume(finished):
     process, result, folder = finished
     series = {row["series"] for row in result["curves"]}

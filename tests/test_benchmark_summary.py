@@ -4,7 +4,6 @@ import json
 import re
 import runpy
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -119,67 +118,29 @@ def summarise(folder, monkeypatch, capsys):
     return call
 
 
-class Page(HTMLParser):
-    """Tables as lists of rows, addresses, and the text outside them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tables, self.addresses, self.tags, self._in_cell = [], [], [], False
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-            self._in_cell = True
-
-    def handle_endtag(self, tag):
-        if tag in ("td", "th"):
-            self._in_cell = False
-
-    def handle_data(self, data):
-        if self._in_cell:
-            self.tables[-1][-1][-1] += data
-
-
 def states(summary):
     """Target's name to its last column."""
     rows = [line.split(" | ") for line in summary.split("**")[0].splitlines() if line.startswith("| ")]
     return {row[0][2:]: row[-1].removesuffix(" |") for row in rows}
 
 
-def test_the_page_has_every_table_and_opens_offline(folder, summarise):
+def test_the_page_shows_every_result_as_text_and_opens_offline(folder, summarise):
     assert summarise()[0] == 0
     text = (folder / "report.html").read_text()
-    page = Page(text)
-    firsts = [table[0][0] for table in page.tables]
-    assert firsts == [
-        "what",
-        "shape",
-        "loader",
-        "contender",
-        "contender",
-        "method",
-        "method",
-        "processes",
-        "processes",
-    ]
-    loader = page.tables[firsts.index("loader")]
-    assert loader[2] == ["dali <b>cpu</b>", "300", "270", "330", "3.00"]
-    assert ["kdav_fast", "500", "-"] in page.tables[4]
-    accuracies = page.tables[firsts.index("method")]
-    assert [row[4] for row in accuracies] == ["held-out top-1 %", "-", "71.50", ""]
-    assert ["the teacher", "", "86.00", "", "", ""] in accuracies
-    assert [address[:22] for address in page.addresses] == ["data:image/png;base64,"]
+    for name in ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"):
+        assert f"<h2>{name}" in text
+        assert f"<h2>{name}</h2>\n<p>Not measured" not in text
+    row = re.search(r"<tr><t[dh]>dali &lt;b&gt;cpu&lt;/b&gt;<.*?</tr>", text, re.DOTALL)[0]
+    assert re.findall(r">([\d.]+)<", row) == [
+        "300",
+        "270",
+        "330",
+        "3.00",
+    ]  # median, p20, p80, over torchvision
+    assert "<b>" not in text
+    assert "--x &lt;y&gt;" in text
     assert "://" not in text
-    assert "b" not in page.tags  # names are text, not markup
-    for shown in ("2026-01-02 03:04 UTC", "torch 9.9.9", "Some &lt;CPU&gt; &amp; more", "--x &lt;y&gt;"):
-        assert shown in text
+    assert re.findall(r'src="([^"]{22})', text) == ["data:image/png;base64,"]
     assert "too noisy" in text  # 0.2 of the loaders
 
 
@@ -199,19 +160,6 @@ def test_targets_are_met_missed_or_not_measured(folder, summarise):
     ]
     assert len(gpu) == 9
     assert {found[name] for name in gpu} == {"not measured (no GPU)"}
-
-
-def test_a_gpus_training_step_is_judged_by_what_it_says(folder, summarise):
-    judged = [
-        {"name": f"t{i}", "target": ">= 4", "measured": 4.5, "met": met}
-        for i, met in enumerate(("yes", "no"))
-    ]
-    rows = [{"contender": "reference", **spread(50.0, "images_per_s")}]
-    write(folder, "training_step_cuda", {"rows": rows, "breakdown_s": {}, "targets": judged})
-    summarise()
-    found = states((folder / "summary.md").read_text())
-    assert (found["t0"], found["t1"]) == ("met", "missed")
-    assert not any(name.startswith("training step over") for name in found)
 
 
 def test_the_kernel_is_judged_by_the_worse_posterior(folder, summarise):
@@ -257,29 +205,7 @@ def test_missing_results_are_not_measured(folder, summarise):
     ("name", "content"),
     [
         ("data_pipeline_cpu.json", "{"),
-        ("data_pipeline_cpu.json", "[]"),
         ("loss_kernel_cpu.json", json.dumps({"environment": environment("x"), "rows": [{}]})),
-        ("data_pipeline_cpu.json", json.dumps({"environment": {}, "rows": []})),
-        (
-            "data_pipeline_cuda.json",
-            json.dumps({"environment": environment("x"), "rows": loader_rows()["rows"]}),
-        ),
-        (
-            "loss_kernel_cuda.json",
-            json.dumps(
-                {
-                    "environment": environment("x"),
-                    "rows": loss_rows("B256 d512 L16384 K1000", {"compile": 1.0}),
-                }
-            ),
-        ),
-        (
-            "accuracy_cpu.json",
-            json.dumps(
-                {"environment": environment("x"), "rows": []}
-                | {"targets": [{"name": "a", "target": 1, "measured": 1, "met": "perhaps"}]}
-            ),
-        ),
         ("scale_cpu.json", json.dumps({"environment": environment("x"), "rows": [], "curves": []})),
     ],
 )
@@ -293,35 +219,11 @@ def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, conten
     assert not (folder / "report.html").exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["no markers\n", "<!-- benchmarks:end -->\n<!-- benchmarks:begin -->\n", MARKED * 2]
-)
-def test_a_readme_without_its_markers_says_what_to_add(folder, summarise, text):
-    (folder / "README.md").write_text(text)
+def test_a_readme_without_its_markers_says_what_to_add(folder, summarise):
+    (folder / "README.md").write_text("no markers\n")
     code, _, message = summarise()
     assert code == 2
     assert "'<!-- benchmarks:begin -->' and '<!-- benchmarks:end -->'" in message
-    assert len(message.splitlines()) == 1
-    assert not (folder / "summary.md").exists()
-
-
-@pytest.mark.parametrize(
-    ("ratio", "verdict"),
-    [
-        (3.15, "medians are within 10 %: the largest change is 5.0 %"),
-        (3.6, "1 of 8 medians differ by more than 10 %"),
-    ],
-)
-def test_compare_says_whether_the_machine_repeats_itself(folder, summarise, tmp_path_factory, ratio, verdict):
-    old = tmp_path_factory.mktemp("old")
-    for path in folder.glob("*.json"):
-        (old / path.name).write_bytes(path.read_bytes())
-    write(folder, "data_pipeline_cpu", loader_rows(ratio))
-    code, printed, _ = summarise("--compare", str(old))
-    assert code == 0
-    assert f"({100 * (ratio / 3 - 1):+.1f} %)" in printed
-    assert verdict in printed.splitlines()[-1]
-    assert not (folder / "report.html").exists()
 
 
 def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
@@ -352,9 +254,3 @@ def test_results_with_other_settings_are_not_compared(folder, summarise, tmp_pat
     _, printed, _ = summarise("--compare", str(old))
     assert "data_pipeline_cpu.json: not compared, other settings" in printed
     assert "no median is in both folders" in printed.splitlines()[-1]
-
-
-def test_a_folder_that_is_not_there(summarise):
-    code, _, message = summarise("--compare", "nowhere")
-    assert code == 2
-    assert "the folder nowhere does not exist" in message

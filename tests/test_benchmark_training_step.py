@@ -77,34 +77,6 @@ def test_the_phases_make_up_the_step(finished):
         assert sum(phases.values()) == pytest.approx(steps[name], rel=0.5)
 
 
-def test_every_contender_is_measured_alike(finished):
-    _, result, _ = finished
-    rows = result["rows"]
-    assert {len(row["rounds_images_per_s"]) for row in rows} == {3}
-    assert all(row["images"] >= 8 * 3 and row["images"] % 8 == 0 for row in rows)
-    for row in rows:
-        assert row["p20_images_per_s"] <= row["median_images_per_s"] <= row["p80_images_per_s"]
-        assert row["start_up_s"] > 0
-        assert row["step_memory_mib"] > 0
-        assert row["peak_memory_mib"] is None
-        assert row["compiled_graphs"] == 0
-    spreads = [(r["p80_images_per_s"] - r["p20_images_per_s"]) / r["median_images_per_s"] for r in rows]
-    assert result["noise"] == pytest.approx(max(spreads))
-
-
-def test_every_target_is_judged(finished):
-    process, result, _ = finished
-    keys = ("share_of_ceiling", "loss_share", "distillation_overhead")
-    measured = [result["ratios_kdav_fast_over"]["reference fp32"], *(result[key] for key in keys)]
-    assert [target["measured"] for target in result["targets"]] == measured
-    assert [target["target"] for target in result["targets"]] == [">= 1.5", ">= 0.9", "<= 0.03", "<= 1.05"]
-    for target in result["targets"]:
-        sign, bound = target["target"].split()
-        met = target["measured"] >= float(bound) if sign == ">=" else target["measured"] <= float(bound)
-        assert target["met"] is bool(met)
-        assert target["name"] in process.stdout
-
-
 def test_says_what_was_measured_without_this_machines_paths(finished):
     process, result, folder = finished
     environment, settings = result["environment"], result["settings"]

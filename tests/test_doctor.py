@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import sysconfig
-import time
 import types
 
 import pytest
@@ -66,9 +65,7 @@ def assert_complete(findings):
 
 
 def test_a_machine_without_gpu_gets_a_reason_and_a_remedy_for_everything_off(capfd):
-    start = time.monotonic()
     findings = diagnose()
-    assert time.monotonic() - start < 20  # a few seconds on an idle machine
     assert_complete(findings)
     states = {finding.name: finding.state for finding in findings}
     assert states["GPU"] == states["DALI on the GPU"] == states["nccl"] == states["Triton"] == "off"
