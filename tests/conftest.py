@@ -67,6 +67,14 @@ def small_config():
     return build
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile keeps what it made of a method for all objects of the class, so from test to test."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory):
     """Makes a folder that all workers of this test run share: `made_once(name, make)` returns it.

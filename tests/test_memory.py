@@ -1,16 +1,19 @@
 """The ring of teacher features against a plain list."""
 
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdav_fast import KDAVLoss, TeacherMemory, kdav_loss
 from kdav_fast.errors import InputError
+from tests.train import processes
 
 
 def batch_of(rows, width=4, classes=3, seed=0):
@@ -96,8 +99,9 @@ def test_unusable_sizes_are_named():
         TeacherMemory(4, 4, 3, "soft")
 
 
-def _push_on_one_rank(rank, world, store, folder):
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+def push_on_one_rank(folder):
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     memory = TeacherMemory(8, 2, 2, "ids")
     for step in range(2):
         # Row r of rank k in step s is the direction of angle 100 s + 10 k + r degrees, of class k.
@@ -105,21 +109,22 @@ def _push_on_one_rank(rank, world, store, folder):
         rows = torch.tensor(np.stack([np.cos(angle), np.sin(angle)], 1), dtype=torch.float32)
         valid = torch.tensor([True, True, rank == 0])  # the last row of rank 1 is padding
         memory.push(rows, torch.full((3,), rank), valid)
-    torch.save(memory.state_dict(), f"{folder}/{rank}.pt")
+    found = memory.embedding, memory.posterior, memory.filled, memory.cursor
+    torch.save([tensor.clone() for tensor in found], folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_ranks_remember_both_batches_in_rank_order(tmp_path):
-    mp.spawn(_push_on_one_rank, (2, tmp_path / "store", tmp_path), nprocs=2)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    embedding = states[0]["_embedding"][:8].double()
+    processes.run([__file__, str(tmp_path)], 2)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert all(torch.equal(*tensors) for tensors in zip(*ranks, strict=True))
+    embedding, posterior, filled, cursor = ranks[0]
     angle = torch.rad2deg(torch.atan2(embedding[:, 1], embedding[:, 0])).round().int().tolist()
     # Ten valid rows went into eight places: 0 1 2 10 11 | 100 101 102 110 111.
     assert angle == [110, 111, 2, 10, 11, 100, 101, 102]
-    assert states[0]["_posterior"][:8].tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
-    assert states[0]["filled"] == 8
-    assert states[0]["cursor"] == 2
+    assert posterior.tolist() == [1, 1, 0, 1, 1, 0, 0, 0]
+    assert filled == 8
+    assert cursor == 2
 
 
 @pytest.mark.parametrize("wrong", [-1, 3, 2**40])
@@ -149,3 +154,7 @@ def test_the_loss_is_told_another_temperature_than_the_memory_s():
     ids = TeacherMemory(4, 4, 3, "ids", temperature=4.0)  # ids have none
     ids.push(embedding, logits)
     assert kdav_loss(*inputs[:4], ids.posterior, ids.filled).loss.isfinite()
+
+
+if __name__ == "__main__":
+    push_on_one_rank(Path(sys.argv[1]))

@@ -167,8 +167,13 @@ def test_kdav_uncentred_with_running_prototypes_needs_no_pass():
 def test_kdav_ids_remember_the_teacher_s_class(batch):
     student, teacher, target = batch
     distiller = measured(KDAVConfig(name="kdav", posterior="ids", memory_length=6), teacher, target)
-    assert distiller(student, teacher, target).total.isfinite()
-    assert torch.equal(distiller.memory.posterior, teacher.logits[:6].argmax(1))
+    losses = distiller(student, teacher, target)
+    ids = teacher.logits[:6].argmax(1)
+    assert torch.equal(distiller.memory.posterior, ids)
+    centred = teacher.features[:6].double() - distiller.head.center.double()
+    remembered = F.normalize(centred, dim=1), F.one_hot(ids, CLASSES).double()
+    truth = kdav_loss(student.embedding[:6].double(), centred, teacher.logits[:6].double(), *remembered)
+    torch.testing.assert_close(losses.total.double(), truth.loss, rtol=1e-4, atol=1e-5)
 
 
 def test_kdav_in_bf16_stays_near_float32(batch):
@@ -184,9 +189,18 @@ def test_kdav_in_bf16_stays_near_float32(batch):
     torch.testing.assert_close(losses[torch.bfloat16], losses[torch.float32], rtol=0.03, atol=0.03)
 
 
-def test_state_holds_the_memory_but_not_the_student_s_head():
-    names = set(build(KDAVConfig(name="kdav")).state_dict())
-    assert names == {"memory._embedding", "memory._posterior", "memory.cursor", "memory.filled"}
+def test_state_holds_the_memory_but_not_the_student_s_head(batch):
+    student, teacher, target = batch
+    later = student, teacher._replace(features=teacher.features.flip(1)), target
+    config = KDAVConfig(name="kdav", memory_length=16)
+    used, restored, fresh = (measured(config, teacher, target) for _ in range(3))
+    used(*batch)
+    head = {name: tensor.clone() for name, tensor in restored.head.state_dict().items()}
+    restored.load_state_dict({name: tensor.clone() for name, tensor in used.state_dict().items()})
+    torch.testing.assert_close(dict(restored.head.state_dict()), head, rtol=0, atol=0)
+    expected = used(*later).total
+    assert torch.equal(restored(*later).total, expected)
+    assert not torch.isclose(fresh(*later).total, expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize(("weight_feature", "weight_kl"), [(1.0, 0.0), (0.5, 2.0), (0.0, 1.0)])

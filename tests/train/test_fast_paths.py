@@ -78,6 +78,7 @@ def test_half_precision_images_need_a_teacher_that_takes_them(losses_of):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("name", ["none", "kd", "simkd", "kdav"])
 def test_compiled_networks(losses_of, name):
     plain = losses_of(name)

@@ -139,6 +139,7 @@ def test_half_precision_images_need_networks_that_take_them(small_config, tmp_pa
         "compile",
     ],
 )
+@pytest.mark.usefixtures("fresh_compiler")
 def test_options_train(small_config, kdav_sections, tmp_path, changes):
     teacher = {} if changes["distiller"]["name"] == "none" else {"teacher": kdav_sections["teacher"]}
     config = small_config(tmp_path / "run", **teacher, **changes)

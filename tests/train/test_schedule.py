@@ -36,11 +36,20 @@ def test_cosine():
     assert curve(name="cosine", final=0.01) == pytest.approx(truth)
 
 
-def test_one_cycle_is_torch_s_to_within_a_step():
-    truth = torch_curve(lambda o: lr_scheduler.OneCycleLR(o, 1.0, total_steps=STEPS, final_div_factor=1e9))
-    assert curve(name="one_cycle") == pytest.approx(truth, abs=0.05)
-    assert max(curve(name="one_cycle")) == pytest.approx(1.0, abs=1e-3)
-    assert curve(name="one_cycle")[0] == pytest.approx(1 / 25)
+@pytest.mark.parametrize(("peak", "final"), [(0.3, 0.0), (0.15, 0.02)])
+def test_one_cycle(peak, final):
+    """As all schedules here, it would come to its end with the step after the last; torch's does with the last."""
+
+    def one_step_longer(optimizer):
+        start = (peak * STEPS + 1) / (STEPS + 1)  # torch counts the step of the peak too
+        divisor = 1 / 25 / final if final else 1e12
+        return lr_scheduler.OneCycleLR(
+            optimizer, 1.0, total_steps=STEPS + 1, pct_start=start, final_div_factor=divisor
+        )
+
+    assert curve(name="one_cycle", peak=peak, final=final) == pytest.approx(
+        torch_curve(one_step_longer), abs=1e-9
+    )
 
 
 @pytest.mark.parametrize("name", ["constant", "cosine", "step"])
