@@ -3,11 +3,12 @@ import json
 import math
 import re
 import struct
+from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
+from matplotlib.figure import Figure
 
-from kdav_fast import report
 from kdav_fast.errors import InputError
 from kdav_fast.report import write_report
 
@@ -86,25 +87,44 @@ def test_user_text_is_escaped(tmp_path):
     assert html.count("&lt;script&gt;alert(&#x27;&amp;&#x27;)&lt;/script&gt;") >= 6
 
 
-def test_labels_that_matplotlib_would_read_as_markup(tmp_path):
-    run = make_run(tmp_path / "run", training(**{"odd$_key$": 1.0}))
-    figures = report._groups([report._load("_$x_{$", run)])
-    figure = report._draw([report._load("_$x_{$", run)], figures["losses"], "epoch")
-    [entry, *_] = figure.legends[0].get_texts()
+@pytest.fixture
+def figures_of(tmp_path, monkeypatch):
+    """Writes a report of runs, given as label to lines, and returns its figures as matplotlib has them, by name."""
+    drawn, save = {}, Figure.savefig
+
+    def savefig(figure, file, **options):
+        drawn[Path(file).stem] = figure
+        save(figure, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+
+    def write(runs):
+        folders = {
+            label: make_run(tmp_path / "runs" / str(number), lines)
+            for number, (label, lines) in enumerate(runs.items())
+        }
+        write_report(folders, tmp_path / "report", title="$_{")  # broken mathematics would raise here
+        return drawn
+
+    return write
+
+
+def test_labels_that_matplotlib_would_read_as_markup(figures_of):
+    figures = figures_of({"_$x_{$": training(**{"odd$_key$": 1.0})})
+    [entry, *_] = figures["losses"].legends[0].get_texts()
     assert entry.get_text().strip() == r"_\$x_{\$"
-    write_report({"_$x_{$": run}, tmp_path / "report", title="$_{")  # broken mathematics would raise here
 
 
-def test_every_run_of_an_overlay_has_a_line_and_its_own_look(tmp_path):
-    runs = [report.Run(f"run {i}", training(), None) for i in range(9)]
-    figure = report._draw(runs, {"loss": ["train/loss"]}, "epoch")
+def test_every_run_of_an_overlay_has_a_line_and_its_own_look(figures_of):
+    runs = {f"run {i}": training(**{"train/loss": 1.0 + i}) for i in range(9)}
+    figure = figures_of(runs)["losses"]
     lines = figure.axes[0].get_lines()
     assert len(lines) == 9
     assert len({(line.get_color(), line.get_marker()) for line in lines}) == 9
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [run.label for run in runs]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(runs)
 
 
-def test_an_unknown_number_gets_a_plot_and_text_does_not(tmp_path):
+def test_an_unknown_number_gets_a_plot_and_text_does_not(figures_of):
     more = {
         "grad_norm": 1.0,
         "train/skipped_steps": 2,
@@ -112,15 +132,14 @@ def test_an_unknown_number_gets_a_plot_and_text_does_not(tmp_path):
         "train/hint": 1.0,
         "note": "x",
     }
-    run = report._load("a", make_run(tmp_path / "run", training(**more)))
-    groups = report._groups([run])
-    assert groups["losses"] == {"loss": ["train/loss"], "hint": ["train/hint"]}
-    assert groups["other"] == {"grad_norm": ["grad_norm"], "skipped_steps": ["train/skipped_steps"]}
-    assert groups["time"] == {"time/forward_ms": ["time/forward_ms"]}
-    assert groups["accuracy"] == {"top1": ["train/top1", "val/top1"]}
-    assert "note" not in str(groups)
-    write_report({"a": tmp_path / "run"}, tmp_path / "report", title="t")
-    assert {"other", "time"} <= pngs(tmp_path / "report")
+    figures = figures_of({"a": training(**more)})
+    panels = {name: [axes.get_ylabel() for axes in figure.axes] for name, figure in figures.items()}
+    assert panels["losses"] == ["loss (nats)", "hint"]
+    assert panels["other"] == ["grad norm", "skipped steps"]
+    assert panels["time"] == ["time/forward ms (ms)"]
+    assert panels["accuracy"] == ["top-1 accuracy (%)"]
+    assert len(figures["accuracy"].axes[0].get_lines()) == 2  # of training and validation
+    assert "note" not in str(panels)
 
 
 @pytest.mark.parametrize("key", ["../escape/x", "a b/../c", "é/x"])
@@ -154,35 +173,31 @@ def test_thin_runs_still_give_a_report(tmp_path, lines):
     assert pngs(tmp_path / "both") == {"losses", "accuracy", "learning_rate", "throughput"}
 
 
-def test_a_null_is_a_gap_and_a_point_between_two_gaps_is_marked():
+def test_a_null_is_a_gap_and_a_point_between_two_gaps_is_marked(figures_of):
     lines = [{"step": i, "train/loss": None if i in (98, 100) else float(i)} for i in range(150)]
-    _, y = report.Run("a", lines, None).series("train/loss", "step")
-    assert [i for i, value in enumerate(y) if math.isnan(value)] == [98, 100]
-    assert report._marked(y, also_some=False) == [99]
+    [line] = figures_of({"a": lines})["losses"].axes[0].get_lines()
+    assert [i for i, value in enumerate(line.get_ydata()) if math.isnan(value)] == [98, 100]
+    assert line.get_markevery() == [99]
 
 
-def test_axis_is_the_step_when_a_run_has_no_epochs(tmp_path):
-    runs = {
-        "a": make_run(tmp_path / "a", training()),
-        "b": make_run(tmp_path / "b", [{"step": 7, "lr": 0.1}]),
-    }
-    seen = []
-    original = report._draw
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "_draw", lambda *given: seen.append(given[2]) or original(*given))
-        write_report(runs, tmp_path / "report", title="t")
-    assert set(seen) == {"step"}
+def test_axis_is_the_step_when_a_run_has_no_epochs(figures_of):
+    figures = figures_of({"a": training(), "b": [{"step": 7, "lr": 0.1}]})
+    assert {figure.axes[-1].get_xlabel() for figure in figures.values()} == {"optimizer step"}
 
 
-def test_smoothing_takes_noise_and_leaves_schedules_and_outliers():
-    assert report._is_noisy([(-1.0) ** i for i in range(300)])
-    assert not report._is_noisy([i // 50 for i in range(300)])
-    assert not report._is_noisy([math.cos(i / 100) for i in range(300)])
-    spike = [1.0] * 50 + [1000.0] + [1.0] * 50
-    assert report._running_median(spike, 3) == [1.0] * 101
-    smooth = report._running_median([1.0, math.nan, 3.0], 1)
-    assert [smooth[0], smooth[2]] == [1.0, 3.0]
-    assert math.isnan(smooth[1])
+def test_smoothing_takes_noise_and_leaves_schedules_and_outliers(figures_of):
+    noise = [1 + (-1.0) ** i / 10 for i in range(300)]
+    noise[150], noise[50] = 1000.0, None
+    lines = [
+        {"step": i, "train/noise": value, "train/falling": i // 50, "train/wave": math.cos(i / 100)}
+        for i, value in enumerate(noise)
+    ]
+    noisy, falling, wave = figures_of({"a": lines})["losses"].axes
+    assert len(falling.get_lines()) == len(wave.get_lines()) == 1
+    raw, smooth = (line.get_ydata() for line in noisy.get_lines())
+    assert raw[150] == 1000
+    assert math.isnan(smooth[50])
+    assert all(0.9 <= value <= 1.1 for i, value in enumerate(smooth) if i != 50)
 
 
 @pytest.mark.parametrize(
@@ -196,9 +211,8 @@ def test_smoothing_takes_noise_and_leaves_schedules_and_outliers():
         ("val/top1", [0.1 + i / 2 for i in range(200)], "linear"),
     ],
 )
-def test_scale(key, values, scale):
-    run = report.Run("a", [{"step": i, key: value} for i, value in enumerate(values)], None)
-    figure = report._draw([run], {report._split(key)[1]: [key]}, "step")
+def test_scale(figures_of, key, values, scale):
+    [figure] = figures_of({"a": [{"step": i, key: value} for i, value in enumerate(values)]}).values()
     assert figure.axes[0].get_yscale() == scale
 
 
