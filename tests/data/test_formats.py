@@ -154,7 +154,7 @@ def test_files_that_are_passed_over_are_mentioned(root):
     train, evaluation = open_folder(root)
     assert len(train) == len(FILES)
     assert train.remark == (
-        f"note: {root / 'train'}: 4 files are passed over for their suffix: train/a/0.heic, train/a/1.heic, "
+        f"note: {root / 'train'}: 4 files are passed over by the suffix: train/a/0.heic, train/a/1.heic, "
         "train/a/2.heic and 1 more; rename or convert what is meant as an image"
     )
     assert evaluation.remark is None
