@@ -281,8 +281,8 @@ def _remark(folder: Path, others: list[str], most: int = 3) -> str | None:
     named += f" and {len(others) - most:,} more" if len(others) > most else ""
     files = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     return (
-        f"note: {printable(str(folder))}: {files} passed over by the suffix: {named}; rename or convert what is meant as "
-        "an image"
+        f"note: {printable(str(folder))}: {files} passed over by the suffix: {named}; rename or convert what "
+        "is meant as an image"
     )
 
 
