@@ -1,6 +1,6 @@
 """A run's folder is one run's at a time, on a shared file system too.
 
-The lock is a file that names its holder, made in one go by a hard link (or, where there are none, by exclusive creation).
+The lock is a file that names its holder, made in one go by a hard link (where there are none, by exclusive creation).
 The holder renews its time while it lives. Whether a holder is gone, the machine tells where it can (its process has
 ended; its job was requeued), else the age of that time, by the file system's clock: hosts' clocks need not agree.
 
@@ -134,7 +134,7 @@ class RunLock:
             self._link(draft, succession)
             there = self._read(path)
             if there is not None and there.token == entry.token:
-                os.replace(succession, path)
+                succession.replace(path)
                 return
             succession.unlink(missing_ok=True)
 

@@ -181,8 +181,12 @@ def test_another_job_does_not(tmp_path, before, now):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0\0", b"{}", b"[1]", b"{" * 9999]
-    + [
+    [
+        b"",
+        b"\0\0",
+        b"{}",
+        b"[1]",
+        b"{" * 9999,
         identity(token="../../escaped").as_json().encode(),
         identity(since=1e300).as_json().encode(),
         identity().as_json().replace(f'"process": {os.getpid()}', '"process": "7"').encode(),
