@@ -1,30 +1,68 @@
 """The `kdav` command.
 
 Exit codes: 0 done, 1 another process of the run was lost, 2 bad input, 75 stopped by a signal with the state saved,
-130 a check broken off by Ctrl-C.
+130 ended at once by Ctrl-C, 141 nobody reads the output any more.
 """
 
 import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.runtime.interrupts import INTERRUPTED, STOPPED, Interrupts
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.say import say_once
 from kdav_fast.runtime.versions import versions
 
+if TYPE_CHECKING:
+    from kdav_fast.config import Config
+
 BAD_INPUT = 2
 RANK_LOST = 1
-INTERRUPTED = 130
+NO_READER = 141
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code.
+
+    Args:
+        arguments: the command line; None takes the process's own, and the process then belongs to the command until
+            its end, when Ctrl-C is concerned.
+    """
+    # torch's stacks and warnings about a lost connection would come before the line that names the lost process.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    interrupts = Interrupts(speaks=os.environ.get("RANK", "0") == "0")
+    if arguments is None:
+        interrupts.__enter__()
+        code = _main(sys.argv[1:], interrupts)
+        interrupts.finish(code)
+        return code
+    with interrupts:
+        return _main(arguments, interrupts)
+
+
+def _main(arguments: list[str], interrupts: Interrupts) -> int:
+    try:
+        code = _command(arguments, interrupts)
+    except KeyboardInterrupt:  # where another handler than ours is in force
+        print("kdav: interrupted", file=sys.stderr, flush=True)
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = NO_READER
+    try:
+        sys.stdout.flush()
+    except OSError:  # its reader is gone; else Python would say so once more, at the very end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return code
+
+
+def _command(arguments: list[str], interrupts: Interrupts) -> int:
     try:
         options = _parse(arguments)
+        if options.command in (_distill, _train, _demo):
+            interrupts.expect_stops("the same command begins the run, or continues it from what is saved")
         return options.command(options)
     except InputError as error:
         if os.environ.get("RANK", "0") == "0":  # every rank has the same error; one line is enough
@@ -153,30 +191,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(config: Config, options: argparse.Namespace) -> int:
+def _run(config: "Config", options: argparse.Namespace) -> int:
     say_once("loading PyTorch")
     if options.check:
         from kdav_fast.train.check import check_training
 
         check_training(config, options.extend)
         return 0
-
+    from kdav_fast.train.distributed import say
     from kdav_fast.train.loop import run_training
-    from kdav_fast.train.stopping import STOPPED
 
     accuracy = run_training(config, options.extend)
     if accuracy is None:
         return STOPPED
     if os.environ.get("RANK", "0") == "0":
-        print(f"{config.run_dir}: {accuracy}")
+        say(f"{config.run_dir}: {accuracy}")
     return 0
 
 
 def _distill(options: argparse.Namespace) -> int:
+    from kdav_fast.config import load_config
+
     return _run(load_config(options.config, options.overrides), options)
 
 
 def _train(options: argparse.Namespace) -> int:
+    from kdav_fast.config import load_config
+
     config = load_config(options.config, options.overrides)
     if config.distiller.name != "none":
         raise InputError(
@@ -274,10 +315,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _check_data(options: argparse.Namespace) -> int:
     from kdav_fast.data.checks.survey import config_of, survey
 
-    try:
-        found = survey(config_of(options.folder, options.overrides), options.decode, options.workers)
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    found = survey(config_of(options.folder, options.overrides), options.decode, options.workers)
     if options.quarantine:
         found.write_quarantine(options.quarantine)
     if options.json:

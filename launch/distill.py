@@ -8,4 +8,5 @@ import sys
 
 from kdav_fast.cli import main
 
-sys.exit(main(["distill", *sys.argv[1:]]))
+sys.argv.insert(1, "distill")
+sys.exit(main())

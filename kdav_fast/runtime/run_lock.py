@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, Self
 
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.ending import before_end
 from kdav_fast.runtime.process_identity import ProcessIdentity
 
 FILE_NAME = "run.lock"
@@ -75,6 +76,7 @@ class RunLock:
                 f"run_dir {self._folder} cannot be locked: {error.strerror}; give a folder that can be written"
             ) from None
         self._held = True
+        self._forget_end = before_end(self.release)
         self._remove_leftovers()
         threading.Thread(target=self._keep_renewing, name="run-lock", daemon=True).start()
 
@@ -104,6 +106,7 @@ class RunLock:
         if not self._held or self._me.process != os.getpid():
             return
         self._held = False
+        self._forget_end()
         self._released.set()
         with suppress(OSError, InputError):
             entry = self._read(self._path)

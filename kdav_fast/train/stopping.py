@@ -7,16 +7,13 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
+from kdav_fast.runtime.interrupts import STOPPED as STOPPED
+from kdav_fast.runtime.interrupts import ends_at_once, heeded
 from kdav_fast.train.distributed import Cluster
-
-STOPPED = 75
-"""Exit code: stopped by a signal with the state saved; the same command continues (sysexits' EX_TEMPFAIL)."""
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopRequest:
-    """Listens for SIGTERM, SIGINT and SIGUSR1; a second SIGINT interrupts at once.
+    """Listens for the signals that stop a run; a SIGINT after one of them interrupts at once.
 
     Use as a context manager around the loop; the previous handlers come back afterwards.
     """
@@ -27,7 +24,7 @@ class StopRequest:
         self._pending: tuple[torch.Tensor, dist.Work] | None = None
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        self._previous = {number: signal.signal(number, self._receive) for number in heeded()}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -37,7 +34,7 @@ class StopRequest:
             self._pending[1].wait()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._requested and number == signal.SIGINT:
+        if self._requested and number == signal.SIGINT and not ends_at_once():
             raise KeyboardInterrupt
         self._requested = True
 
