@@ -19,6 +19,10 @@ from kdav_fast.runtime.versions import versions
 if TYPE_CHECKING:
     from kdav_fast.config import Config
 
+# torch reads it when it is imported. Its stacks and warnings about a lost connection would come before the line that
+# names the lost process.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 BAD_INPUT = 2
 RANK_LOST = 1
 NO_READER = 141
@@ -31,8 +35,6 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line; None takes the process's own, and the process then belongs to the command until
             its end, when Ctrl-C is concerned.
     """
-    # torch's stacks and warnings about a lost connection would come before the line that names the lost process.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     interrupts = Interrupts(speaks=os.environ.get("RANK", "0") == "0")
     if arguments is None:
         interrupts.__enter__()
@@ -65,8 +67,15 @@ def _command(arguments: list[str], interrupts: Interrupts) -> int:
             interrupts.expect_stops("the same command begins the run, or continues it from what is saved")
         return options.command(options)
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank has the same error; one line is enough
+        first = os.environ.get("RANK", "0") == "0"
+        if first:  # every rank has the same error; one line is enough
             print(f"kdav: error: {error}", file=sys.stderr, flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            from kdav_fast.train.distributed import tell_the_others
+
+            tell_the_others(error)
+            if not first and not error.told:
+                print(f"kdav: error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except RankLostError as error:  # each rank says it: the first may be the one that was lost
         print(f"kdav: error: {error}", file=sys.stderr, flush=True)

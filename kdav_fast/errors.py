@@ -11,6 +11,9 @@ class InputError(ValueError):
     prints it without a traceback and exits with code 2. Whatever it quotes, it stays one line of bounded length.
     """
 
+    told = True
+    """Of several processes, whether the first one prints it as well."""
+
     def __init__(self, message: str) -> None:
         super().__init__(_cut(_printable(message), _MESSAGE))
 

@@ -8,7 +8,7 @@ do nothing, and a thread that reads the numbers of arriving signals ends the pro
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Self
 
@@ -21,6 +21,8 @@ STOPPED = 75
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 """What stops a run; SIGHUP comes when the terminal or the connection is closed."""
 
+terminations: list[Callable[[], str]] = []
+"""Asked when SIGTERM is about to end the process: a line that says which error made somebody send it, if one did."""
 _listening: "Interrupts | None" = None
 
 
@@ -105,6 +107,9 @@ class Interrupts:
         if signal.getsignal(number) is not _do_nothing and not (self._stopping and number == signal.SIGINT):
             self._stopping = True
             return
+        for ask in terminations if number == signal.SIGTERM else ():
+            if error := ask():
+                end_process(1, error)
         interrupted = number == signal.SIGINT
         text = "interrupted" if interrupted else f"stopped by {number.name}"
         line = f"kdav: {text}{self._remark and '; '}{self._remark}" if self._speaks else ""

@@ -15,8 +15,8 @@ from kdav_fast.train.checkpoint import restore_checkpoint
 from kdav_fast.train.checkpoint_folders import CheckpointFolders
 from kdav_fast.train.distributed import Cluster, start_cluster
 from kdav_fast.train.extension import extension_line, is_complete
-from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.loop import prepare
+from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import Parts
 from kdav_fast.train.step import MicroBatch, find_gradients
 
@@ -36,8 +36,8 @@ def check_training(config: Config, extend: bool = False) -> None:
     Raises:
         InputError: whatever would stop the run before its first step, and a first batch whose loss is not finite.
     """
-    cluster = start_cluster(config.device, config.train.comm_timeout)
-    with Liveness(cluster.rank, cluster.world, cluster.control).naming_lost_ranks():
+    cluster = start_cluster(config.device, config.train.comm_timeout, config_facts(config))
+    with cluster.liveness.naming_lost_ranks():
         cluster.on_first(lambda: _require_writable(config.run_dir))
         parts, extended = prepare(config, cluster, extend)
         for line in _set_up_lines(parts):

@@ -2,8 +2,8 @@
 
 import atexit
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TypeVar
@@ -12,12 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.runtime.agreement import code_facts
+from kdav_fast.runtime.meeting import Meeting
 from kdav_fast.runtime.say import say
+from kdav_fast.train.liveness import Liveness
 
 T = TypeVar("T")
 # Of control messages: long enough for rank 0 to scan a large data set on a slow file system while the others wait.
-TIMEOUT = timedelta(minutes=30)
+# Whether it is still there, `Liveness` watches meanwhile.
+TIMEOUT = timedelta(hours=24)
+_TELLING = 60.0
+"""Seconds for processes that still import to come and hear that the run cannot begin."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,8 @@ class Cluster:
     device: torch.device
     control: dist.ProcessGroup | None = field(repr=False, default=None)
     """A gloo group for messages between hosts' CPUs: waiting on it never waits for a device."""
+    liveness: Liveness = field(repr=False, default_factory=lambda: Liveness(0, 1))
+    """Who of them still answers."""
 
     @property
     def is_first(self) -> bool:
@@ -100,35 +108,91 @@ class Cluster:
                 buffer.copy_(value)
 
 
-def start_cluster(device: str, comm_timeout: float = 1800.0) -> Cluster:
+_meeting: Meeting | None = None
+"""Of this process, for all its runs: the port of rank 0 is one."""
+
+
+def start_cluster(
+    device: str, comm_timeout: float = 1800.0, facts: Mapping[str, str] | None = None
+) -> Cluster:
     """Join the run's processes, as the launcher's environment describes them; alone without a launcher.
 
     Args:
         device: "auto", "cpu" or "cuda".
-        comm_timeout: seconds that a collective of the training steps may take.
+        comm_timeout: seconds to wait for the others to come, and that a collective of the training steps may take.
+        facts: what all of them must have alike, values by what they are of.
 
     Raises:
-        InputError: "cuda" where there is none.
+        InputError: "cuda" where there is none, an environment that makes no sense, or unlike facts.
+        RankLostError: another process did not come.
     """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError(
-            "device is 'cuda' but torch sees no GPU; set device=cpu, or run 'kdav doctor' to see why"
-        )
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if not 0 <= rank < max(world, 1):
+        raise InputError(f"RANK is {rank} and WORLD_SIZE is {world}; ranks are 0 to WORLD_SIZE - 1")
+    local_rank = _number("LOCAL_RANK", 0)
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
-    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(place)
-    backend = "nccl" if kind == "cuda" else "gloo"
-    if not dist.is_initialized():
+    liveness = _liveness(rank, world, comm_timeout)
+    with liveness.naming_lost_ranks(stay=True):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError(
+                "device is 'cuda' but torch sees no GPU; set device=cpu, or run 'kdav doctor' to see why"
+            )
+        kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+        place = torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu")
+        if kind == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise InputError(
+                    f"LOCAL_RANK is {local_rank} but torch sees {torch.cuda.device_count()} GPUs; start fewer processes"
+                )
+            torch.cuda.set_device(place)
         if world == 1:
-            # A store in this process: a single process needs no port, and two runs on a host do not collide.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        else:
-            dist.init_process_group(backend, timeout=timedelta(seconds=comm_timeout))
+            if not dist.is_initialized():
+                # A store in this process: it needs no port, and two runs on a host do not collide.
+                backend = "nccl" if kind == "cuda" else "gloo"
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            return Cluster(rank, world, local_rank, local_world, place, None, liveness)
+        everybody = {"WORLD_SIZE": str(world), "the device": kind, **code_facts(), **(facts or {})}
+        store = liveness.meet(everybody, comm_timeout)
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "nccl" if kind == "cuda" else "gloo",
+                store=store,
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=comm_timeout),
+            )
             # Otherwise gloo's threads may abort the interpreter's exit and spoil the exit code.
             atexit.register(dist.destroy_process_group)
-    control = dist.new_group(backend="gloo", timeout=TIMEOUT) if world > 1 else None
-    return Cluster(rank, world, local_rank, local_world, place, control)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+    return Cluster(rank, world, local_rank, local_world, place, control, liveness)
+
+
+def _liveness(rank: int, world: int, timeout: float, patience: float = 10.0) -> Liveness:
+    global _meeting
+    if world > 1 and _meeting is None:
+        _meeting = Meeting(rank, world, timeout)
+    return Liveness(rank, world, _meeting, silence=timeout, patience=patience)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, str(default))
+    if not text.strip().isdecimal():
+        raise InputError(f"{name} is {text!r}; it must be a whole number, as a launcher sets it")
+    return int(text)
+
+
+def tell_the_others(error: InputError) -> None:
+    """For a process that cannot even join the run: leave the reason for those that wait for it.
+
+    Where rank 0 cannot be reached, `error.told` becomes False: then nobody else will print it.
+    """
+    with suppress(InputError, RankLostError):  # the port is another run's, or nobody is there
+        rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+        if world <= 1 or _meeting is not None:
+            return
+        error.told = rank == 0
+        liveness = _liveness(rank, world, _TELLING, _TELLING)
+        with suppress(InputError), liveness.naming_lost_ranks():
+            raise error
+        liveness.close()
+        error.told = error.told or liveness.told

@@ -1,5 +1,6 @@
 """The training loop: one for every method, one process or many. It reads from top to bottom."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
@@ -21,11 +22,10 @@ from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.checkpoint_folders import CheckpointFolders
 from kdav_fast.train.distributed import Cluster, say, start_cluster
 from kdav_fast.train.extension import check_extension, extension_line, is_complete
-from kdav_fast.train.liveness import Liveness
 from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_data import write_run_data
-from kdav_fast.train.run_folder import check_run_folder, precision_of_run, write_run_config
+from kdav_fast.train.run_folder import check_run_folder, config_facts, precision_of_run, write_run_config
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step
@@ -49,16 +49,13 @@ def run_training(config: Config, extend: bool = False) -> Accuracy | None:
             too many steps in a row are not finite.
         RankLostError: another process of the run does not answer any more.
     """
-    cluster = start_cluster(config.device, config.train.comm_timeout)
-    with Liveness(cluster.rank, cluster.world, cluster.control).naming_lost_ranks():
-        return _run_training(config, cluster, extend)
-
-
-def _run_training(config: Config, cluster: Cluster, extend: bool) -> Accuracy | None:
     lock = RunLock(config.run_dir)
-    cluster.on_first(lock.acquire)
+    if os.environ.get("RANK", "0") == "0":
+        lock.acquire()  # before the processes meet: the other run may have their port as well
     try:
-        return _run_in_folder(config, cluster, lock, extend)
+        cluster = start_cluster(config.device, config.train.comm_timeout, config_facts(config))
+        with cluster.liveness.naming_lost_ranks():
+            return _run_in_folder(config, cluster, lock, extend)
     finally:
         lock.release()
 

@@ -1,5 +1,7 @@
 """The run's folder: one config, written once, and an answer to "is this the same run?"."""
 
+import hashlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +34,8 @@ _FREE = {
     "train.max_skipped_steps",
     "train.zero_stage",
 }
+# Of several processes, each may have its own: they say how its machine works.
+_OWN = {"data.workers", "data.hw_decoder_load", "train.keep_freed_memory"}
 
 
 def check_run_folder(config: Config, extend: bool = False) -> float | None:
@@ -88,6 +92,18 @@ def precision_of_run(config: Config, device: torch.device) -> Format:
     if begun in get_args(Format):
         return begun
     return resolve_precision(config.train.precision, device, config.data.image_size)
+
+
+def config_facts(config: Config) -> dict[str, str]:
+    """What all processes of a run must have alike: each key but a machine's own, and what DeepSpeed's file holds."""
+    facts = {
+        key: repr(value) for key, value in flat(config.model_dump(mode="json")).items() if key not in _OWN
+    }
+    if config.train.deepspeed is not None:
+        with suppress(OSError):  # who needs it will say so
+            content = config.train.deepspeed.read_bytes()
+            facts["the content of train.deepspeed"] = hashlib.sha256(content).hexdigest()[:12]
+    return facts
 
 
 def write_run_config(config: Config) -> None:

@@ -22,11 +22,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from kdav_fast.errors import InputError
+from kdav_fast.runtime.meeting import Meeting
 from kdav_fast.train.liveness import Liveness
 
 WORLD = 3
 BEAT, PATIENCE = 0.1, 3.0
 COLLECTIVES = timedelta(seconds=5)
+MEETING = 20.0
 WATCHDOG = 120
 """Seconds until a test that hangs is ended; no test measures time."""
 
@@ -34,11 +37,16 @@ WATCHDOG = 120
 def run_rank(fault: str, faulty: int) -> None:
     """What one process does: reduce until something happens."""
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo", timeout=COLLECTIVES)
-    atexit.register(dist.destroy_process_group)
-    patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
+    meeting = Meeting(rank, WORLD, MEETING)
+    liveness = Liveness(rank, WORLD, meeting, silence=2 * COLLECTIVES.seconds, beat=BEAT, patience=PATIENCE)
     votes = []
-    with Liveness(rank, WORLD, beat=BEAT, patience=PATIENCE).naming_lost_ranks():
+    with liveness.naming_lost_ranks():
+        if fault == "never come" and rank == faulty:
+            sys.exit()
+        store = liveness.meet({"lr": "0.5" if fault == "unlike" and rank == faulty else "0.1"}, MEETING)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=COLLECTIVES)
+        atexit.register(dist.destroy_process_group)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         for step in itertools.count():
             if step == 10 and fault == "kill":
                 threading.Thread(target=play_launcher, daemon=True).start()
@@ -46,6 +54,8 @@ def run_rank(fault: str, faulty: int) -> None:
                 if fault == "leave":
                     return
                 commit(fault)
+            if step == 10 and fault == "freeze while others wait" and rank != faulty:
+                dist.barrier(group=patient)
             if step == 10 and fault == "fail alike":
                 time.sleep(5 * BEAT * rank)  # until the later ones know that the first has failed
                 raise RuntimeError(f"shapes differ on rank {rank}")
@@ -57,8 +67,10 @@ def run_rank(fault: str, faulty: int) -> None:
 def commit(fault: str) -> None:
     if fault == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if fault == "freeze":
+    if fault.startswith("freeze"):
         os.kill(os.getpid(), signal.SIGSTOP)
+    if fault == "input":
+        raise InputError("no such file here")
     if fault == "fail":
         raise ValueError("boom\nin two lines")
 
@@ -88,7 +100,7 @@ def main(fault: str, faulty: int) -> None:
             sys.exit()
     codes = {}
     for rank in sorted(range(WORLD), key=faulty.__eq__):  # the faulty one last
-        if rank == faulty and fault == "freeze":
+        if rank == faulty and fault.startswith("freeze"):
             os.kill(processes[rank], signal.SIGKILL)
         codes[rank] = os.waitstatus_to_exitcode(os.waitpid(processes[rank], 0)[1])
     for output in outputs:
@@ -172,6 +184,33 @@ def test_a_rank_that_left_in_order_is_not_lost():
     for survivor in (0, 2):
         assert ranks[survivor].code == 1
         assert re.match(r"RuntimeError: .*gloo", ranks[survivor].error), ranks[survivor].error
+
+
+@pytest.mark.slow
+@ANY_RANK
+def test_a_rank_frozen_while_the_others_wait_long_for_it_is_named_in_time(faulty):
+    """Their collective has half an hour."""
+    ranks = ends("freeze while others wait", faulty)
+    for survivor in {*range(WORLD)} - {faulty}:
+        assert ranks[survivor].error.startswith(f"kdav: error: {ranks[faulty].name} no longer answers; look")
+        assert ranks[survivor].code == 1
+
+
+@pytest.mark.parametrize("faulty", [1, pytest.param(0, marks=pytest.mark.slow, id="rank 0 with the store")])
+def test_bad_input_of_one_rank_is_that_of_all(faulty):
+    ranks = ends("input", faulty)
+    for survivor in {*range(WORLD)} - {faulty}:
+        assert (
+            ranks[survivor].error == f"kdav_fast.errors.InputError: {ranks[faulty].name}: no such file here"
+        )
+        assert ranks[survivor].code == 2
+
+
+@pytest.mark.slow
+def test_unlike_facts_are_named_with_each_rank_s_value():
+    ranks = ends("unlike", 1)
+    for end in ranks:
+        assert f"lr is 0.1 on {ranks[0].name} and 0.5 on {ranks[1].name}" in end.error
 
 
 def test_a_single_process_has_no_thread_and_no_store():
