@@ -240,10 +240,10 @@ def accuracies(values, key="val/top5"):
     return [{"step": i, "epoch": float(i), key: value} for i, value in enumerate(values)]
 
 
-def drawn(runs, name, keys):
-    return report._draw(
-        [report.Run(label, lines, None, None) for label, lines in runs.items()], {name: keys}, "epoch"
-    )
+@pytest.fixture
+def drawn(figures_of):
+    """The only figure of a report of runs."""
+    return lambda runs: next(iter(figures_of(runs).values()))
 
 
 @pytest.mark.parametrize(
@@ -255,33 +255,27 @@ def drawn(runs, name, keys):
         ([0.0, 0.0], 0, 1),
         ([0.0, 100.0], 0, 100),
         ([100.0], 0, 100),
-        ([None, None], 0, 1),
     ],
 )
-def test_no_axis_of_percentages_goes_beyond_them(values, low, high):
-    axes = drawn({"a": accuracies(values)}, "top5", ["val/top5"]).axes[0]
+def test_no_axis_of_percentages_goes_beyond_them(drawn, values, low, high):
+    axes = drawn({"a": accuracies(values)}).axes[0]
     bottom, top = axes.get_ylim()
     assert low <= bottom < top <= high
     for line in axes.get_lines():
-        assert values[0] is None or not line.get_clip_on()
+        assert not line.get_clip_on()
 
 
-def test_a_share_ends_at_one_and_a_foreign_key_is_not_cut():
-    axes = drawn(
-        {"a": accuracies([0.5, 1.0], "data_wait_share")}, "data_wait_share", ["data_wait_share"]
-    ).axes[0]
-    assert axes.get_ylim() == (0, 1)
-    axes = drawn({"a": accuracies([0.5, 250.0])}, "top5", ["val/top5"]).axes[0]
-    assert axes.get_ylim()[1] > 250
+def test_a_share_ends_at_one(drawn):
+    assert drawn({"a": accuracies([0.5, 1.0], "data_wait_share")}).axes[0].get_ylim() == (0, 1)
 
 
-def test_runs_that_coincide_all_show_and_are_named():
-    same = accuracies([10.0, 20.0, 30.0])
-    figure = drawn(
-        {"one": same, "other": accuracies([11.0, 25.0, 29.0]), "two": same, "three": same},
-        "top5",
-        ["val/top5"],
-    )
+def test_what_is_no_percentage_under_that_name_is_not_cut(drawn):
+    assert drawn({"a": accuracies([0.5, 250.0])}).axes[0].get_ylim()[1] > 250
+
+
+def test_runs_that_coincide_all_show_and_are_named(drawn):
+    same, different = accuracies([10.0, 20.0, 30.0]), accuracies([11.0, 25.0, 29.0])
+    figure = drawn({"one": same, "other": different, "two": same, "three": same})
     one, other, two, three = figure.axes[0].get_lines()
     assert one.get_linewidth() > two.get_linewidth() + 1 > three.get_linewidth() + 2
     assert one.get_markersize() > two.get_markersize() > three.get_markersize()
@@ -289,34 +283,32 @@ def test_runs_that_coincide_all_show_and_are_named():
     assert figure.axes[0].get_title(loc="right") == "identical in validation: one = two = three"
 
 
-def test_runs_that_differ_are_not_called_identical():
+def test_runs_that_differ_are_not_called_identical(drawn):
     runs = {
         "a": accuracies([10.0, 20.0]),
         "b": accuracies([10.0, 21.0]),
         "c": accuracies([10.0, 20.0, 30.0]),
         "d": [],
     }
-    figure = drawn(runs | {"e": []}, "top5", ["val/top5"])
+    figure = drawn(runs | {"e": []})
     assert figure.axes[0].get_title(loc="right") == ""
     assert len({line.get_linewidth() for line in figure.axes[0].get_lines()}) == 1
 
 
-def test_runs_that_only_look_alike_are_not_called_equal():
+def test_runs_that_only_look_alike_are_not_called_equal(drawn):
     runs = {"a": accuracies([10.0, 90.0]), "b": accuracies([10.0, 90.001])}
-    figure = drawn(runs, "top5", ["val/top5"])
+    figure = drawn(runs)
     assert figure.axes[0].get_title(loc="right") == "nearly identical in validation: a = b"
 
 
-def test_a_gap_is_as_a_gap():
-    figure = drawn(
-        {"a": accuracies([1.0, None, 3.0]), "b": accuracies([1.0, None, 3.0])}, "top5", ["val/top5"]
-    )
+def test_a_gap_is_as_a_gap(drawn):
+    figure = drawn({"a": accuracies([1.0, None, 3.0]), "b": accuracies([1.0, None, 3.0])})
     assert figure.axes[0].get_title(loc="right") == "identical in validation: a = b"
 
 
-def test_long_and_many_names_leave_room_for_the_curves():
+def test_long_and_many_names_leave_room_for_the_curves(drawn):
     long = {f"{'x' * 300}/{i}": accuracies([1.0 * i, 2.0]) for i in range(30)}
-    figure = drawn(long, "top5", ["val/top5"])
+    figure = drawn(long)
     figure.canvas.draw()
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert len(set(names)) == 30
@@ -327,15 +319,17 @@ def test_long_and_many_names_leave_room_for_the_curves():
     assert figure.axes[0].get_window_extent().height > 150
 
 
-def test_names_that_are_cut_to_the_same_stay_different():
-    labels = report._legend_labels(["a" * 60 + "1" + "b" * 60, "a" * 60 + "2" + "b" * 60, "short"])
-    assert labels[0].endswith("(1)")
-    assert labels[1].endswith("(2)")
-    assert labels[2] == "short"
+def test_names_that_are_cut_to_the_same_stay_different(drawn):
+    names = ["a" * 60 + "1" + "b" * 60, "a" * 60 + "2" + "b" * 60, "short"]
+    figure = drawn({name: accuracies([1.0, 2.0]) for name in names})
+    first, second, third = (text.get_text() for text in figure.legends[0].get_texts())
+    assert first.endswith("(1)")
+    assert second.endswith("(2)")
+    assert third == "short"
 
 
-def test_a_long_curve_is_smoothed_at_a_thousand_places():
+def test_a_long_curve_is_smoothed_at_a_thousand_places(drawn):
     noisy = [100.0 + (-1) ** i for i in range(30_000)]
-    line = drawn({"a": accuracies(noisy, "train/loss")}, "loss", ["train/loss"]).axes[0].get_lines()[-1]
+    line = drawn({"a": accuracies(noisy, "train/loss")}).axes[0].get_lines()[-1]
     assert 900 <= len(line.get_ydata()) <= 1100
     assert set(line.get_ydata()) <= {99.0, 100.0, 101.0}

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from kdav_fast.data.image_set import EncodedImages, ImageSet, PixelImages, printable
-from kdav_fast.data.resident import ResidentImages
 
 _SECTIONS = 512
 _SAMPLED_BYTES = 64 * 2**20
@@ -76,6 +75,10 @@ def _where(section: dict[str, Any]) -> str:
 
 
 def _of_split(images: ImageSet) -> dict[str, Any]:
+    from kdav_fast.data.resident import (
+        ResidentImages,
+    )  # it loads torch, which most readers of this file do without
+
     if isinstance(images, ResidentImages):
         return _of_split(images.source)
     bounds = np.linspace(0, len(images), min(len(images), _SECTIONS) + 1).astype(int).tolist()
