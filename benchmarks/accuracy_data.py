@@ -87,7 +87,7 @@ def prepare(config: Config, device: torch.device, folder: Path) -> Path:
     """
     every = open_images(config.data.model_copy(update={"train_subset": None}), config.train.seed)
     images = _split(every, config.data.train_subset, config.train.seed)
-    network, known = build_network(config.teacher, every.train.classes, "teacher")
+    network, known = build_network(config.teacher, every.train.classes, "teacher", config.data.image_size)
     weights = find_student_file(config.teacher.checkpoint)
     identity = f"{[split.digest for split in images.values()]} {config.data.model_dump(exclude={'root'})} "
     identity += hashlib.sha256(weights.read_bytes()).hexdigest()

@@ -176,7 +176,7 @@ def _write(output: Path, content: bytes) -> None:
 
 
 def _stock(student: Student, card: StudentCard) -> nn.Module:
-    stock = build_stock(card.name, len(card.classes), width=card.width)
+    stock = build_stock(card.name, len(card.classes), width=card.width, arguments=card.arguments)
     stock.load_state_dict(student.deployed(), strict=True)
     return stock.eval().requires_grad_(False)
 

@@ -19,7 +19,7 @@ class Student(nn.Module):
         head: takes the place of the classifier, which is then neither trained nor saved.
 
     Raises:
-        InputError: a head for a network whose classifier has no bias: folding needs one.
+        InputError: a head for a network without a linear classifier, or with one without bias: folding needs both.
     """
 
     def __init__(self, network: ImageClassifier, head: FoldableHead | None = None) -> None:
@@ -27,6 +27,11 @@ class Student(nn.Module):
         self.network = network
         self.head = head
         if head is not None:
+            if network.classifier is None:
+                raise InputError(
+                    f"{network.name} has class scores that are not a linear function of pooled features, so that no "
+                    "embedding head can take the place of its classifier; choose another student, or distiller.name=kd"
+                )
             if network.classifier.bias is None:
                 raise InputError(
                     f"{network.name} ends in a linear layer without bias, into which an embedding head cannot "
@@ -48,7 +53,7 @@ class Student(nn.Module):
         """What a file holds: the stock architecture's tensors, the head's in place of the classifier's. Copies."""
         state = self.network.stock_state_dict()
         if self.head is not None:
-            for name in self._classifier_names():
+            for name in self.network.head_names():
                 del state[name]
             state |= {HEAD_PREFIX + name: tensor for name, tensor in self.head.state_dict().items()}
         return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
@@ -63,7 +68,7 @@ class Student(nn.Module):
             except RuntimeError as error:
                 raise InputError(f"the embedding head does not fit: {' '.join(str(error).split())}") from None
             current = self.network.stock_state_dict()
-            state |= {name: current[name] for name in self._classifier_names()}
+            state |= {name: current[name] for name in self.network.head_names()}
         self.network.load_stock_state_dict(state)
 
     @torch.no_grad()
@@ -71,11 +76,5 @@ class Student(nn.Module):
         """The stock architecture's weights, the head folded into its classifier: exact in evaluation mode."""
         state = self.network.stock_state_dict()
         if self.head is not None:
-            folded = self.head.fold().state_dict()
-            for name in self._classifier_names():
-                state[name] = folded[name.rpartition(".")[2]]
+            state |= self.network.head_state_dict(self.head.fold())
         return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-    def _classifier_names(self) -> list[str]:
-        path = self.network.classifier_path
-        return [f"{path}.{name}" for name, _ in self.network.classifier.named_parameters()]

@@ -3,8 +3,9 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -28,6 +29,8 @@ class StudentCard(Section):
     name: str
     """The architecture: `timm:NAME`, `torchvision:NAME` or `cifar:NAME`."""
     width: Positive
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of its library's constructor: `timm.create_model(NAME, num_classes=K, **arguments)`."""
     classes: tuple[str, ...]
     """Class names in the order of the logits."""
     mean: Triple
@@ -169,7 +172,13 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
     card = read_card(metadata)
     if card is None:
         raise _without_card(file)
-    network = build_classifier(card.name, len(card.classes), width=card.width)
+    network = build_classifier(
+        card.name,
+        len(card.classes),
+        width=card.width,
+        image_size=card.data.image_size,
+        arguments=card.arguments,
+    )
     head = None
     if card.embedding_width is not None:
         if card.distiller not in HEADS:

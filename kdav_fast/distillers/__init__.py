@@ -21,21 +21,24 @@ def build_distiller(
     classes: int,
     label_smoothing: float,
     dtype: torch.dtype = torch.float32,
+    teacher_width: int | None = None,
 ) -> Distiller:
     """The distiller that a config names.
 
     Args:
         student_width: penultimate features of the student.
-        teacher_classifier: the teacher's last layer, with whole weights; None without a teacher.
+        teacher_classifier: the teacher's last layer, with whole weights; None without a teacher, or where it has no
+            such layer, which simkd needs.
         classes: K.
         label_smoothing: for the terms that use labels.
         dtype: in which large products are taken and embeddings remembered; sums are in float32.
+        teacher_width: penultimate features of the teacher; None: what its classifier sees.
     """
     if isinstance(config, KDAVConfig):
         return KDAVDistiller(
             config,
             student_width=student_width,
-            teacher_width=teacher_classifier.in_features,
+            teacher_width=teacher_width or teacher_classifier.in_features,
             classes=classes,
             label_smoothing=label_smoothing,
             dtype=dtype,

@@ -94,7 +94,7 @@ def start_inference(trained: Trained, config: Config) -> tuple[nn.Module, Cluste
     """The network where it will compute, this process, and the autocast dtype.
 
     Raises:
-        InputError: the device or the precision is not to be had, or an ONNX file takes other images.
+        InputError: the device or the precision is not to be had, or the network takes no images of this size.
     """
     if isinstance(trained.network, OnnxStudent):
         trained.network.check(trained.card, config.data.image_size)
@@ -103,6 +103,8 @@ def start_inference(trained: Trained, config: Config) -> tuple[nn.Module, Cluste
     precision = resolve_precision(config.train.precision, cluster.device, config.data.image_size)
     dtype = autocast_dtype(precision, cluster.device)
     check_image_dtype(config.data.dtype, dtype)
+    if config.data.image_size != trained.card.data.image_size:
+        trained.network.network.check_image_size(config.data.image_size)
     network = trained.network.to(cluster.device)
     set_layout(network, config.data.layout, cluster.device)
     return network, cluster, dtype

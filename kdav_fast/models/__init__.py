@@ -2,7 +2,7 @@
 
 from kdav_fast.models.classifier import ImageClassifier, build_classifier
 from kdav_fast.models.normalization import IMAGENET, Normalization, Renormalize, renormalization
-from kdav_fast.models.stock import build_stock
+from kdav_fast.models.stock import build_stock, head_tensors
 from kdav_fast.models.weights import load_weights
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Renormalize",
     "build_classifier",
     "build_stock",
+    "head_tensors",
     "load_weights",
     "renormalization",
 ]

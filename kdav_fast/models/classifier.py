@@ -1,40 +1,47 @@
-"""A stock network split at its last linear layer: penultimate features and class scores in one pass."""
+"""A stock network split at its head: penultimate features and class scores in one pass."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kdav_fast.errors import InputError
+from kdav_fast.models.heads import Features, LinearHeads, as_linear, class_scores, take_heads
 from kdav_fast.models.normalization import Normalization
-from kdav_fast.models.stock import build_stock, find_stock
+from kdav_fast.models.stock import Facts, find_stock
 from kdav_fast.outputs import Outputs
 
-__all__ = ["ImageClassifier", "build_classifier", "build_stock"]
+__all__ = ["ImageClassifier", "build_classifier"]
 
 
 class ImageClassifier(nn.Module):
-    """A network whose output is one `nn.Linear` over features of shape B x feature_width.
+    """A network as features, B x feature_width, and a linear classifier on them, where it ends in one.
 
-    The network is taken over, not copied: its last linear layer moves to `classifier` and an `nn.Identity`
-    takes its place in `backbone`. Both together compute exactly what the stock network computes.
+    The network is taken over, not copied: the layers of its head move to `classifier`, and what lets their input
+    through takes their place in `backbone`. Both together compute exactly what the stock network computes.
+
+    A head is one linear layer or 1x1 convolution, or several that are averaged. A network that ends otherwise
+    (SqueezeNet's ReLU, VOLO's maximum over tokens) stays whole in `backbone`: its class scores are its own, its
+    features what its last linear layer or 1x1 convolution sees, mean over pixels or tokens. Of several answers, as
+    auxiliary heads give in training, the first counts.
 
     Args:
         network: a stock image classifier with new or loaded weights.
         name: where it comes from, such as `timm:resnet18`; messages use it.
         width: the channel multiplier it was built with.
-        image_size: side of the square images it is made for; the split is checked on one of them.
-        normalization: what its weights expect of their input; `None` when unknown.
+        image_size: side of the square images it will see; the split is tried out on one of them.
+        facts: what `find_stock` knows of it.
 
     Attributes:
-        backbone: the stock network without its last linear layer.
-        classifier: that `nn.Linear`.
-        classifier_path: its name in the stock network, such as `fc` or `head.fc`.
+        backbone: the stock network without its head, or all of it.
+        classifier: an `nn.Linear` or `LinearHeads`; None where the class scores are no linear map of the features.
+        classes: K, the number of class scores.
+        feature_width: number of penultimate features; 0 where nothing can be seen of them.
 
     Raises:
-        InputError: the network does not end in one `nn.Linear` whose output is the network's, for instance a
-            convolution (SqueezeNet), two averaged heads (distilled DeiT) or auxiliary heads (GoogLeNet).
+        InputError: it gives no class scores for an RGB image of this size.
     """
 
     def __init__(
@@ -44,68 +51,146 @@ class ImageClassifier(nn.Module):
         *,
         width: float = 1.0,
         image_size: int = 224,
-        normalization: Normalization | None = None,
+        facts: Facts | None = None,
     ) -> None:
         super().__init__()
-        self.name = name
-        self.width = width
-        self.normalization = normalization
-        self.classifier_path = _find_classifier(network, name, image_size)
-        self.classifier = network.get_submodule(self.classifier_path)
-        network.set_submodule(self.classifier_path, nn.Identity())
+        self.name, self.width = name, width
+        self.facts = facts or Facts(image_size, {})
+        training = network.training
+        try:
+            ending = take_heads(network.eval(), _noise(network, image_size))
+        except Exception as error:  # whatever a network does that is no image classifier
+            raise self.unfit(f"classify an RGB image of {image_size} x {image_size} pixels", error) from error
+        finally:
+            network.train(training)
+        self.classes, self.feature_width = ending.classes, ending.width
+        self.head_paths = ending.heads
+        self.classifier = ending.classifier
         self.backbone = network
+        self._features = Features()
+        if ending.last is not None:
+            network.get_submodule(ending.last).register_forward_pre_hook(self._features)
 
     @property
-    def classes(self) -> int:
-        """K, the number of class scores."""
-        return self.classifier.out_features
-
-    @property
-    def feature_width(self) -> int:
-        """Number of penultimate features."""
-        return self.classifier.in_features
+    def normalization(self) -> Normalization | None:
+        """What pretrained weights expect of their input; None when unknown."""
+        return self.facts.normalization
 
     def forward(self, images: Tensor) -> Outputs:
         """B x 3 x H x W images to features, B x feature_width, and logits, B x classes."""
-        features = self.backbone(images)
-        return Outputs(features, self.classifier(features))
+        answer = class_scores(self.backbone(images))
+        if self.classifier is not None:
+            return Outputs(answer, self.classifier(answer))
+        return Outputs(self._features.take() if self.feature_width else answer[:, :0], answer)
+
+    def linear_classifier(self) -> nn.Linear | None:
+        """A copy of the classifier as one linear layer, feature_width to classes, if it is one."""
+        return None if self.classifier is None else as_linear(self.classifier)
 
     def stock_state_dict(self) -> dict[str, Tensor]:
         """The weights, not copied, under the names with which `build_stock` loads them with `strict=True`."""
         state = dict(self.backbone.state_dict())
-        self.classifier.state_dict(destination=state, prefix=f"{self.classifier_path}.")
+        for path, part in zip(self.head_paths, self._parts(), strict=True):
+            part.state_dict(destination=state, prefix=f"{path}.")
         return state
+
+    def head_state_dict(self, linear: nn.Linear) -> dict[str, Tensor]:
+        """The stock network's head that does what `linear`, feature_width to classes, does: names and weights."""
+        if isinstance(self.classifier, LinearHeads):
+            states = self.classifier.part_states(linear)
+        else:
+            states = [linear.state_dict()]
+        return {
+            f"{path}.{name}": tensor
+            for path, state in zip(self.head_paths, states, strict=True)
+            for name, tensor in state.items()
+        }
+
+    def head_names(self) -> list[str]:
+        """Names of the classifier's tensors in the stock network."""
+        parts = zip(self.head_paths, self._parts(), strict=True)
+        return [f"{path}.{name}" for path, part in parts for name, _ in part.named_parameters()]
 
     def load_stock_state_dict(self, state: dict[str, Tensor]) -> None:
         """Load weights under the stock architecture's names; every one must be there and fit.
 
+        Weights made for another image size are resampled where the network's library does that, and those of
+        auxiliary heads that the network was built without are left out.
+
         Raises:
             InputError: missing, unexpected or differently shaped tensors; nothing is loaded.
         """
-        wanted = self.stock_state_dict()
-        differences = [f"{name} is missing" for name in wanted if name not in state]
-        differences += [f"{name} is unexpected" for name in state if name not in wanted]
-        differences += [
-            f"{name} is {_shape(state[name])}, needed {_shape(tensor)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        ]
+        state, differences = self.fitted(state)
         if differences:
-            shown = ", ".join(differences[:3])
+            shown = ", ".join(list(differences.values())[:3])
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             raise InputError(
                 f"the weights do not fit {self.name} with {self.classes} classes and width {self.width:g}: "
-                f"{shown}{more} ({len(differences)} of {len(wanted)} tensors differ); give weights of this "
-                "architecture or change its name, width or classes"
+                f"{shown}{more} ({len(differences)} of {len(self.stock_state_dict())} tensors differ); give weights of "
+                "this architecture or change its name, width or classes"
             )
-        head = f"{self.classifier_path}."
-        own = {name: tensor for name, tensor in state.items() if name.startswith(head)}
-        self.classifier.load_state_dict({name.removeprefix(head): tensor for name, tensor in own.items()})
+        own = set()
+        for path, part in zip(self.head_paths, self._parts(), strict=True):
+            names = {f"{path}.{name}": name for name in part.state_dict()}
+            part.load_state_dict({name: state[full] for full, name in names.items()})
+            own |= names.keys()
         self.backbone.load_state_dict({name: state[name] for name in state if name not in own})
+
+    def fitted(self, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Weights made ready for loading, and what of them still differs: the tensors' names, and in words."""
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(self.facts.left_out)}
+        differences = self._differences(state)
+        if not differences or self.facts.resample is None:
+            return state, differences
+        try:
+            resampled = self.facts.resample(dict(state), self.backbone)
+        except Exception:  # weights of something else: what differs says more
+            return state, differences
+        remaining = self._differences(resampled)
+        return (resampled, remaining) if len(remaining) < len(differences) else (state, differences)
+
+    @torch.no_grad()
+    def check_image_size(self, image_size: int) -> None:
+        """Raise `InputError` if the network, in evaluation mode, cannot classify images of this size."""
+        try:
+            self(_noise(self.backbone, image_size))
+        except Exception as error:
+            raise self.unfit(f"classify an RGB image of {image_size} x {image_size} pixels", error) from error
+
+    def unfit(self, task: str, error: Exception) -> InputError:
+        """For the user: the network cannot do a task, and what its library says."""
+        reason = shorten(str(error) or type(error).__name__, 200).rstrip(".")
+        return InputError(
+            f"{self.name} cannot {task} ({reason}); set data.image_size to a size that it takes (its own is "
+            f"{self.facts.image_size}), or choose another image classifier, such as timm:resnet18"
+        )
+
+    def _parts(self) -> list[nn.Module]:
+        """The stock network's layers in the classifier."""
+        if self.classifier is None:
+            return []
+        return list(self.classifier.parts) if isinstance(self.classifier, LinearHeads) else [self.classifier]
+
+    def _differences(self, state: dict[str, Tensor]) -> dict[str, str]:
+        wanted = self.stock_state_dict()
+        differences = {name: f"{name} is missing" for name in wanted if name not in state}
+        differences |= {name: f"{name} is unexpected" for name in state if name not in wanted}
+        return differences | {
+            name: f"{name} is {_shape(state[name])}, needed {_shape(tensor)}"
+            for name, tensor in wanted.items()
+            if name in state and state[name].shape != tensor.shape
+        }
 
 
 def build_classifier(
-    name: str, classes: int, *, width: float = 1.0, pretrained: bool = False, init: str = "published"
+    name: str,
+    classes: int,
+    *,
+    width: float = 1.0,
+    pretrained: bool = False,
+    init: str = "published",
+    image_size: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> ImageClassifier:
     """A network by name, ready to be trained or to teach.
 
@@ -116,17 +201,27 @@ def build_classifier(
         pretrained: take the library's own weights (downloads them) and record the normalisation they expect.
         init: "published", or "torch", whose convolutions start as torch's do: uniform with variance 1 / (3 fan-in).
             Under BatchNorm smaller weights mean a larger angle a step, which a short training makes use of.
+        image_size: side of the images it will see; None for the network's own.
+        arguments: further ones for its library's constructor, such as `drop_path_rate`.
 
     Raises:
-        InputError: unknown name, weights that cannot be had, or a network that `ImageClassifier` refuses.
+        InputError: unknown name or argument, weights that cannot be had, or a network that gives no class scores for
+            an image of that size.
     """
-    stock = find_stock(name, classes, width=width, pretrained=pretrained)
+    stock = find_stock(
+        name, classes, width=width, pretrained=pretrained, image_size=image_size, arguments=arguments
+    )
     model = ImageClassifier(
-        stock.network, name, width=width, image_size=stock.image_size, normalization=stock.normalization
+        stock.network,
+        name,
+        width=width,
+        image_size=image_size or stock.facts.image_size,
+        facts=stock.facts,
     )
     if model.classes != classes:
-        has_bias = model.classifier.bias is not None
-        model.classifier = nn.Linear(model.feature_width, classes, bias=has_bias)
+        raise InputError(
+            f"{name} gives {model.classes} class scores where {classes} were asked for; choose another network"
+        )
     if init == "torch":
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -134,63 +229,11 @@ def build_classifier(
     return model
 
 
-def _find_classifier(network: nn.Module, name: str, image_size: int) -> str:
-    """Path of the linear layer whose output is the network's output, found by watching one image pass."""
-    linears = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
-    calls: list[str] = []
-    last: dict[str, Tensor] = {}
-
-    def record(path: str) -> Callable:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            calls.append(path)
-            last.update(features=inputs[0], logits=output)
-
-        return hook
-
-    handles = [module.register_forward_hook(record(path)) for path, module in linears.items()]
-    try:
-        output = _classify_blank_image(network, name, image_size)
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    if not calls or last["logits"] is not output:
-        raise _not_splittable(name, "its output is not the output of an nn.Linear")
-    path = calls[-1]
-    if last["features"].dim() != 2:
-        raise _not_splittable(name, f"{path} reads a tensor of {last['features'].dim()} dimensions, not 2")
-    if calls.count(path) > 1:
-        raise _not_splittable(name, f"{path} is called {calls.count(path)} times for an image")
-    # Only a plain Linear is a head: MultiheadAttention reads the weights of a subclass without calling it.
-    classes = linears[path].out_features
-    for other, module in linears.items():
-        if other not in calls and type(module) is nn.Linear and module.out_features == classes:
-            raise _not_splittable(name, f"it has another head, {other}, that only training uses")
-    return path
-
-
-def _classify_blank_image(network: nn.Module, name: str, image_size: int) -> Any:
-    training = network.training
+def _noise(network: nn.Module, image_size: int) -> Tensor:
+    """An image of random pixels, of which a network makes features that are not all alike."""
     parameter = next(network.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, image_size, image_size, dtype=parameter.dtype, device=parameter.device)
-    try:
-        with torch.no_grad():
-            return network.eval()(image)
-    except Exception as error:  # whatever a network does that is no image classifier
-        reason = " ".join(str(error).split())
-        raise InputError(
-            f"{name} cannot classify an RGB image of {image_size} x {image_size} pixels ({reason}); "
-            "choose an image classifier, such as timm:resnet18"
-        ) from error
-    finally:
-        network.train(training)
-
-
-def _not_splittable(name: str, reason: str) -> InputError:
-    return InputError(
-        f"{name} does not end in one nn.Linear over pooled features: {reason}; "
-        "choose a network that does, such as timm:resnet18 or torchvision:mobilenet_v2"
-    )
+    image = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    return image.to(parameter)
 
 
 def _shape(tensor: Tensor) -> str:

@@ -1,14 +1,14 @@
 """From a config to the parts that the loop runs on."""
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, ModelConfig
@@ -17,7 +17,14 @@ from kdav_fast.data.checks.splits import check_splits
 from kdav_fast.data.fingerprint import Fingerprint, fingerprint
 from kdav_fast.distillers import Distiller, build_distiller
 from kdav_fast.errors import InputError
-from kdav_fast.models import IMAGENET, ImageClassifier, Normalization, build_classifier, renormalization
+from kdav_fast.models import (
+    IMAGENET,
+    ImageClassifier,
+    Normalization,
+    build_classifier,
+    head_tensors,
+    renormalization,
+)
 from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
 from kdav_fast.student import Student
 from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
@@ -32,6 +39,7 @@ from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve
 from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.teacher import FrozenTeacher
+from kdav_fast.train.trial import try_training_step
 
 
 @dataclass
@@ -96,6 +104,7 @@ class Parts:
         return StudentCard(
             name=self.config.model.name,
             width=self.config.model.width,
+            arguments=self.student.network.facts.arguments,
             classes=self.loaders.classes,
             mean=self.normalization.mean,
             std=self.normalization.std,
@@ -158,7 +167,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         f"{len(images.train):,} training and {len(images.evaluation):,} evaluation images of {len(classes):,} classes; "
         f"building {config.model.name}"
     )
-    network, known = build_network(config.model, classes, "model")
+    network, known = build_network(config.model, classes, "model", config.data.image_size)
     normalization = _configured(config.data) or known or IMAGENET
     micro_batch = micro_batch_size(train, cluster.world)
     loaders = build_loaders(
@@ -185,8 +194,11 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         classes=len(classes),
         label_smoothing=train.label_smoothing,
         dtype=dtype or torch.float32,
+        teacher_width=teacher and teacher.network.feature_width,
     ).to(device)
     student = Student(network, distiller.head).to(device)
+    rows = micro_batch * (cluster.world if train.sync_batchnorm else 1)
+    try_training_step(student, config.data.image_size, rows)
 
     guard_unsafe_layers(student, config.data.layout, device)
     average = None
@@ -231,33 +243,68 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
 
 
 def build_network(
-    config: ModelConfig, classes: tuple[str, ...], section: str
+    config: ModelConfig, classes: tuple[str, ...], section: str, image_size: int
 ) -> tuple[ImageClassifier, Normalization | None]:
     """A network with its weights, and the input normalisation these expect, if anything says so."""
-    network = build_classifier(
-        config.name, len(classes), width=config.width, pretrained=config.pretrained, init=config.init
+    build = partial(
+        build_classifier,
+        config.name,
+        len(classes),
+        width=config.width,
+        init=config.init,
+        image_size=image_size,
+        arguments=config.arguments,
     )
+    network = build(pretrained=config.pretrained)
     known = _configured(config) or network.normalization
     if config.checkpoint is None:
+        if config.reset_head:
+            network.load_stock_state_dict(_with_new_head(network.stock_state_dict(), build()))
         return network, known
     weights, card = read_stock_weights(config.checkpoint)
-    file = find_student_file(config.checkpoint)
+    file = f"{section}.checkpoint {find_student_file(config.checkpoint)}"
+    remedy = (
+        "set model.reset_head=true to start from them with a new head"
+        if section == "model"
+        else ("train a teacher for these: 'kdav train' with model.checkpoint and model.reset_head")
+    )
+    if config.reset_head:
+        weights = _with_new_head(weights, network)
+    else:
+        differing = network.fitted(weights)[1].keys()
+        if differing and differing <= _head_tensors(network):
+            raise InputError(
+                f"{file} holds weights of {config.name} for another number of classes than the data's {len(classes)}; "
+                f"{remedy}"
+            )
     try:
         network.load_stock_state_dict(weights)
     except InputError as error:
-        raise InputError(f"{section}.checkpoint {file}: {error}") from None
+        raise InputError(f"{file}: {error}") from None
     if card is not None:
-        if card.classes != classes:
+        if card.classes != classes and not config.reset_head:
             first = next(
                 (f"{a!r} there, {b!r} here" for a, b in zip(card.classes, classes, strict=False) if a != b),
                 f"{len(card.classes)} there, {len(classes)} here",
             )
             raise InputError(
-                f"{section}.checkpoint {file} was trained for other classes than the data's ({first}); "
-                "use weights trained for the same class folders"
+                f"{file} was trained for other classes than the data's ({first}); use weights trained for the same "
+                f"class folders, or {remedy}"
             )
         known = _configured(config) or card.normalization
     return network, known
+
+
+def _with_new_head(weights: dict[str, Tensor], fresh: ImageClassifier) -> dict[str, Tensor]:
+    """`weights` with the head of a network that has none yet."""
+    head, own = _head_tensors(fresh), fresh.stock_state_dict()
+    return {name: tensor for name, tensor in weights.items() if name not in head} | {
+        name: own[name] for name in head
+    }
+
+
+def _head_tensors(network: ImageClassifier) -> frozenset[str]:
+    return head_tensors(network.name, width=network.width, arguments=network.facts.arguments)
 
 
 def _build_teacher(
@@ -275,8 +322,9 @@ def _build_teacher(
             "the teacher has no weights; set teacher.checkpoint to a file or run, or teacher.pretrained=true"
         )
     cluster.say(f"building the teacher {config.teacher.name}")
-    network, known = build_network(config.teacher, classes, "teacher")
-    classifier = copy.deepcopy(network.classifier)
+    network, known = build_network(config.teacher, classes, "teacher", config.data.image_size)
+    _check_teacher(network, config.distiller.name, len(classes))
+    classifier = network.linear_classifier()
     if config.teacher.sharded:
         shard_for_inference(network, cluster)
     else:
@@ -288,6 +336,25 @@ def _build_teacher(
         check_image_dtype(config.data.dtype, dtype, "teacher.precision")
     renormalize = renormalization(normalization, known or normalization)
     return FrozenTeacher(network, renormalize, cluster.device, dtype), classifier
+
+
+def _check_teacher(network: ImageClassifier, method: str, classes: int) -> None:
+    knows = network.facts.pretrained_classes
+    if knows not in (None, classes):
+        raise InputError(
+            f"teacher.pretrained: the weights of {network.name} know {knows} classes, the data have {classes}, so that "
+            "its class scores would be random; train it for these first: 'kdav train' with model.pretrained=true, then "
+            "teacher.checkpoint"
+        )
+    lacks = None
+    if method == "simkd" and network.classifier is None:
+        lacks = (
+            "has no linear classifier on pooled features, which distiller.name 'simkd' gives to the student"
+        )
+    elif method == "kdav" and not network.feature_width:
+        lacks = "has no layer whose input could serve as features, which distiller.name 'kdav' remembers"
+    if lacks:
+        raise InputError(f"the teacher {network.name} {lacks}; use distiller.name=kd, or another teacher")
 
 
 def _configured(config: Any) -> Normalization | None:

@@ -13,12 +13,23 @@ from kdav_fast.models import ImageClassifier, build_classifier, build_stock
 SPLITTABLE = [
     ("timm:resnet18", 64),
     ("timm:mobilenetv3_small_050", 64),
-    ("timm:vit_tiny_patch16_224", 224),
+    ("timm:vit_tiny_patch16_224", 32),
     ("timm:test_convnext", 64),
     ("torchvision:resnet18", 64),
     ("torchvision:mobilenet_v2", 64),
     ("torchvision:shufflenet_v2_x0_5", 64),
-    ("torchvision:vit_b_32", 224),
+    # Averaged heads on two tokens, on one, and one a branch; 1x1 convolutions; attention's projection; auxiliary heads.
+    ("timm:deit_tiny_distilled_patch16_224", 32),
+    ("timm:levit_128s", 64),
+    ("timm:crossvit_tiny_240", 48),
+    ("timm:test_resnet", 32),
+    ("timm:resnetv2_50", 32),
+    ("timm:dla34", 64),
+    ("timm:resnet50_clip", 64),
+    ("timm:swin_tiny_patch4_window7_224", 64),
+    ("torchvision:inception_v3", 80),
+    ("torchvision:googlenet", 32),
+    ("torchvision:vit_b_32", 64),
     ("cifar:resnet8", 32),
     ("cifar:wrn_16_2", 32),
     ("cifar:vgg8", 32),
@@ -36,11 +47,27 @@ class Net(nn.Module):
         self.end = end
         self.conv = nn.Conv2d(3, 4, 3, stride=8)
         self.fc = nn.Linear(4, 5)
-        self.other = nn.Linear(4, 5) if end in ("averaged", "auxiliary", "tuple") else None
+        self.other = nn.Linear(4 if end != "apart" else 3, 5)
+        self.conv_fc = nn.Conv2d(4, 5, 1)
 
     def forward(self, images):
-        features = self.conv(images).mean((2, 3))
+        maps = self.conv(images)
+        features = maps.mean((2, 3))
+        if self.end == "convolution":
+            return self.conv_fc(features[:, :, None, None]).flatten(1)
+        if self.end == "unflattened":
+            return self.conv_fc(maps).mean((2, 3))
+        if self.end == "relu":  # as SqueezeNet ends
+            return self.conv_fc(maps).relu().mean((2, 3))
         logits = self.fc(features)
+        if self.end == "apart":
+            return torch.stack([logits, self.other(maps[:, 1:].amax((2, 3)))]).mean(0)
+        if self.end == "summed":
+            return logits + 0.5 * self.other(features)
+        if self.end == "normalised":
+            return nn.functional.normalize(logits)
+        if self.end == "nothing":
+            return None
         if self.end == "softmax":
             return logits.softmax(1)
         if self.end == "averaged":
@@ -66,8 +93,8 @@ def refusal(call, *args, **options) -> str:
 @pytest.mark.parametrize(("name", "size"), SPLITTABLE)
 def test_split_network_is_the_stock_network(name, size):
     torch.manual_seed(0)
-    model = build_classifier(name, 11).eval()
-    stock = build_stock(name, 11).eval()
+    model = build_classifier(name, 11, image_size=size).eval()
+    stock = build_stock(name, 11, arguments=model.facts.arguments).eval()
     # Strict: the names and shapes are those of the untouched architecture.
     stock.load_state_dict(model.stock_state_dict(), strict=True)
     images = torch.randn(2, 3, size, size)
@@ -78,8 +105,15 @@ def test_split_network_is_the_stock_network(name, size):
     assert features.shape == (2, model.feature_width)
     assert logits.shape == (2, model.classes) == (2, 11)
     assert embedding is None
+    linear = model.linear_classifier()
+    with torch.no_grad():
+        torch.testing.assert_close(linear(features), logits, rtol=1e-4, atol=1e-4)
+        # Whatever a method folds into the head, the stock network does. Heads may start at zero: this one does not.
+        linear.reset_parameters()
+        stock.load_state_dict(model.stock_state_dict() | model.head_state_dict(linear), strict=True)
+        torch.testing.assert_close(stock(images), linear(features), rtol=1e-4, atol=1e-4)
     assert (model.name, model.width, model.normalization) == (name, 1.0, None)
-    assert isinstance(model.classifier, nn.Linear)
+    model.train()(images)  # no method of training has other answers
 
 
 def test_split_network_trains_as_the_stock_network():
@@ -164,44 +198,93 @@ def test_weights_of_other_classes():
     assert "fc.weight is 7 x 64, needed 10 x 64, fc.bias is 7, needed 10 (2 of" in message
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("torchvision:squeezenet1_0", "not the output of an nn.Linear"),
-        ("timm:deit_tiny_distilled_patch16_224", "not the output of an nn.Linear"),
-        ("torchvision:googlenet", "another head, aux1.fc2"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
-def test_stock_networks_without_a_single_head(name, reason):
-    message = refusal(build_classifier, name, 10)
-    assert message.startswith(f"{name} does not end in one nn.Linear")
-    assert reason in message
+HEADS = [
+    ("averaged", ("fc", "other"), 4),  # the same features under both: they stand there once
+    ("apart", ("fc", "other"), 7),
+    ("tuple", ("fc",), 4),
+    ("auxiliary", ("fc",), 4),
+    ("convolution", ("conv_fc",), 4),
+    ("unflattened", ("conv_fc",), 4),
+    ("relu", (), 4),
+    ("summed", (), 4),
+    ("thrice", (), 4),
+    ("normalised", (), 4),
+]
+
+
+@pytest.mark.parametrize(("end", "heads", "width"), HEADS)
+def test_ends_of_every_kind(end, heads, width):
+    """Split or whole, features and scores are those of the network as it was; what is split is a linear map."""
+    torch.manual_seed(0)
+    network = Net(end)
+    plain = copy.deepcopy(network)
+    model = ImageClassifier(network, "mine", image_size=16)
+    assert network.training
+    assert (model.head_paths, model.feature_width, model.classes) == (heads, width, 5)
+    assert (model.classifier is None) == (not heads)
+    images = torch.randn(3, 3, 16, 16)
+    wanted = plain(images)
+    wanted = wanted[0] if isinstance(wanted, tuple) else wanted
+    features, logits, _ = model(images)
+    torch.testing.assert_close(logits, wanted)
+    assert features.shape == (3, width)
+    if heads:
+        torch.testing.assert_close(model.linear_classifier()(features), wanted)
+    plain.load_state_dict(model.stock_state_dict(), strict=True)
+
+
+@pytest.mark.parametrize("end", ["averaged", "apart", "convolution", "unflattened"])
+def test_any_linear_map_fits_into_the_head(end):
+    """What is folded into the head, the stock network computes from the same features."""
+    torch.manual_seed(0)
+    network = Net(end)
+    plain = copy.deepcopy(network)
+    model = ImageClassifier(network, "mine", image_size=16)
+    linear = nn.Linear(model.feature_width, 5)
+    with torch.no_grad():
+        plain.load_state_dict(model.stock_state_dict() | model.head_state_dict(linear), strict=True)
+        images = torch.randn(3, 3, 16, 16)
+        torch.testing.assert_close(plain(images), linear(model(images).features))
+
+
+def test_a_head_that_starts_at_zero_is_found():
+    network = Net()
+    nn.init.zeros_(network.fc.weight)
+    nn.init.zeros_(network.fc.bias)
+    model = ImageClassifier(network, "mine", image_size=16)
+    assert model.head_paths == ("fc",)
+    assert not model.classifier.weight.any()
 
 
 @pytest.mark.parametrize(
     ("end", "reason"),
     [
-        ("softmax", "not the output of an nn.Linear"),
-        ("averaged", "not the output of an nn.Linear"),
-        ("tuple", "not the output of an nn.Linear"),
-        ("auxiliary", "another head, other"),
-        ("unpooled", "4 dimensions"),
-        ("thrice", "called 3 times"),
+        ("softmax", "it answers with probabilities"),
+        ("unpooled", "it answers with 1 x 2 x 2 x 5 numbers"),
+        ("nothing", "it answers with a NoneType"),
         ("broken", "(no images here)"),
     ],
 )
-def test_networks_that_end_otherwise(end, reason):
+def test_networks_that_classify_nothing(end, reason):
     network = Net(end)
     assert reason in refusal(ImageClassifier, network, "mine", image_size=16)
     assert network.training
     assert not network.fc._forward_hooks
+    assert not network.fc._forward_pre_hooks
 
 
-def test_a_network_of_ones_own():
-    model = ImageClassifier(Net(), "mine", image_size=16)
-    assert (model.feature_width, model.classes) == (4, 5)
+def test_features_of_a_network_without_layers_to_watch():
+    model = ImageClassifier(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "pool", image_size=8)
+    features, logits, _ = model(torch.rand(2, 3, 8, 8))
+    assert (features.shape, logits.shape) == ((2, 0), (2, 3))
+    assert (model.feature_width, model.classifier) == (0, None)
 
 
-def test_a_module_without_parameters():
-    assert "not the output" in refusal(ImageClassifier, nn.Flatten(), "flat", image_size=8)
+def test_watched_features_are_the_last_layer_s_in_a_copy_too():
+    model = ImageClassifier(Net("relu"), "mine", image_size=16)
+    images = torch.randn(2, 3, 16, 16)
+    model(images)  # what it saw must not stand in the way of a copy
+    twin = copy.deepcopy(model)
+    wanted = twin.backbone.conv(images).mean((2, 3))
+    torch.testing.assert_close(twin(images).features, wanted)
+    assert model._features.seen is None

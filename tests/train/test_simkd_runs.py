@@ -30,7 +30,7 @@ def simkd_config(small_config, teacher_run, tmp_path):
 def check_classifier(run_dir, teacher_run):
     """The student's file has the teacher's classifier, bit by bit."""
     teacher, student = (load_file(run / "student.safetensors") for run in (teacher_run, run_dir))
-    path = read_student(teacher_run)[0].network.classifier_path
+    path = read_student(teacher_run)[0].network.head_paths[0]
     for name in ("weight", "bias"):
         assert torch.equal(student[f"embedding_head.classifier_{name}"], teacher[f"{path}.{name}"])
 
