@@ -17,7 +17,7 @@ from kdav_fast.runtime.interrupts import Interrupts
 interrupts = Interrupts()
 interrupts.__enter__()
 interrupts.expect_stops("REMARK")
-def ready(): print("ready", flush=True)
+def ready(): os.write(1, b"ready\\n")
 """
 LINE = "kdav: interrupted; REMARK\n"
 
@@ -109,8 +109,8 @@ def test_a_child_process_ends_with_its_parent_and_says_nothing():
             print("child goes on", flush=True)
             time.sleep(99)
         child = multiprocessing.get_context("fork").Process(target=work)
+        ready()
         child.start()
-        print("ready", flush=True)
         time.sleep(99)
         """
     )
