@@ -18,10 +18,12 @@ They are measured in turn, a few seconds each. Nothing that lay ready counts, an
   clock runs: that errs against the contender, never in its favour.
 - DataLoader's workers make a batch each, which come together: a round is a whole number of such groups.
 
-Files come from the system's cache: they are read once beforehand. Without --root they are made: noise with the size of
-photographs. The phases of a step are device time between events on a GPU, the host's on a CPU; "other" is what lies
-between them: the training meter, and on a GPU waiting for the host. DALI's own memory is not in the figures of
-memory. One process only: torchrun and the launchers of DeepSpeed are refused, and the time of communication is null.
+Files come from the system's cache: they are read once beforehand. Without --root they are made: noise with the size
+of photographs. The phases of a step are device time between events on a GPU, the host's on a CPU; "other" is what
+lies between them: the training meter, and on a GPU waiting for the host. DALI's own memory is not in the figures of
+memory. With --timm FOLDER, a checkout of huggingface/pytorch-image-models, its train.py runs afterwards, alone, on
+the same files and networks (timm_peer.py). One process only: torchrun and the launchers of DeepSpeed are refused, and
+the time of communication is null.
 """
 
 import argparse
@@ -50,6 +52,7 @@ from step_contenders import (
 from step_images import link_tree, make_photographs, make_recipe, override_recipe
 from step_plot import plot
 from timing import quantiles, warn_if_noisy, widest_spread
+from timm_peer import PEERS, run_peer, why_not
 
 from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
@@ -85,6 +88,8 @@ PRESETS = {
         "round_seconds": 3.0,
     },
 }
+PEER_STEPS = 500
+"""Of an epoch of timm's train.py, more than are measured: its workers start anew with every epoch."""
 SPEED_TARGET = {"cuda": 4.0, "cpu": 1.5}
 ALLOWED, ALLOWED_FP32 = 2e-2, 1e-4
 """Relative differences of the first loss from the plain reference's, in half precision and in float32."""
@@ -226,10 +231,11 @@ def print_table(result: dict) -> None:
     )
     for row in rows:
         memory = row["step_memory_mib"] if row["peak_memory_mib"] is None else row["peak_memory_mib"]
+        memory = "-" if memory is None else f"{memory:.0f}"
         print(
             f"{row['contender']:39}{row['median_images_per_s']:10.1f}{row['p20_images_per_s']:8.1f}"
             f"{row['p80_images_per_s']:8.1f}{row['median_images_per_s'] / rows[0]['median_images_per_s']:8.2f}"
-            f"{1e3 * row['median_step_s']:10.1f}{memory:12.0f}"
+            f"{1e3 * row['median_step_s']:10.1f}{memory:>12}"
         )
 
 
@@ -255,6 +261,7 @@ def make_parser() -> Parser:
     add("--memory-length", type=count, help="of the objective")
     add("--posterior", choices=("dense", "ids"), help="what the memory keeps")
     add("--images", type=count, help="different files, or fewer where --root has no more")
+    add("--timm", type=Path, help="checkout of huggingface/pytorch-image-models, whose train.py takes part")
     add("--cores", type=int, default=cores, help="for each contender, with as many workers (%(default)s)")
     add("--seconds", type=seconds, help=f"that each is measured, and {FEWEST} rounds at least")
     add("--round-seconds", type=seconds, help="of one contender's turn")
@@ -263,6 +270,19 @@ def make_parser() -> Parser:
     presets = (f"{device}: {', '.join(f'{k} {v}' for k, v in p.items())}" for device, p in PRESETS.items())
     parser.epilog = "presets:\n" + "\n".join(presets)
     return parser
+
+
+def measure_peers(options: argparse.Namespace, tree: Path) -> list[dict[str, object]]:
+    """Rows of timm's own program; none, and a line that says why, where it cannot take part."""
+    reason = why_not(options.timm, options.teacher, options.student)
+    if reason:
+        print(reason, flush=True)
+        return []
+    sizes = {name: getattr(options, name) for name in PRESETS[options.device]}
+    return [
+        run_peer(name, options.timm, tree, sizes, options.device, options.cores, options.seconds)
+        for name in PEERS
+    ]
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -281,6 +301,7 @@ def check_options(options: argparse.Namespace) -> None:
     for override in options.fast:
         if "=" not in override:
             raise InputError(f"--fast has '{override}'; give KEY=VALUE, such as model.compile=false")
+    why_not(options.timm, options.teacher, options.student)
     options.json, options.plot = result_files(options, "training_step")
 
 
@@ -319,6 +340,12 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 
     result = {"environment": environment, "settings": settings, "first_step": equality}
     result |= summarise(contenders, options)
+    long = (
+        link_tree(folder / "long", root, options.batch_size * PEER_STEPS, options.classes)
+        if options.timm
+        else tree
+    )
+    result["rows"] += measure_peers(options, long)
     write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
     write_atomically(options.plot, plot(result))
     print_table(result)
