@@ -29,7 +29,7 @@ class Student(nn.Module):
         if head is not None:
             if network.classifier is None:
                 raise InputError(
-                    f"{network.name} has class scores that are not a linear function of pooled features, so that no "
+                    f"{network.name} has class scores that are no fixed linear function of pooled features, so that no "
                     "embedding head can take the place of its classifier; choose another student, or distiller.name=kd"
                 )
             if network.classifier.bias is None:

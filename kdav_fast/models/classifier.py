@@ -23,9 +23,9 @@ class ImageClassifier(nn.Module):
     through takes their place in `backbone`. Both together compute exactly what the stock network computes.
 
     A head is one linear layer or 1x1 convolution, or several that are averaged. A network that ends otherwise
-    (SqueezeNet's ReLU, VOLO's maximum over tokens) stays whole in `backbone`: its class scores are its own, its
-    features what its last linear layer or 1x1 convolution sees, mean over pixels or tokens. Of several answers, as
-    auxiliary heads give in training, the first counts.
+    (SqueezeNet's ReLU, VOLO's maximum over tokens, EfficientViM's learned shares of its heads) stays whole in
+    `backbone`: its class scores are its own, its features what its last linear layer or 1x1 convolution sees, mean
+    over pixels or tokens. Of several answers, as auxiliary heads give in training, the first counts.
 
     Args:
         network: a stock image classifier with new or loaded weights.

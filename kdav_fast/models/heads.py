@@ -206,13 +206,38 @@ def _split(network: nn.Module, heads: list[str], shared: bool, images: Tensor) -
             scores = class_scores(network(images))
         _place(network, heads, through)
         features = class_scores(network(images))
-        done = features.shape == (len(images), trial.in_features) and _agree(trial(features), scores)
+        done = (
+            features.shape == (len(images), trial.in_features)
+            and _agree(trial(features), scores)
+            and not _learned_after(network, heads, own, images)
+        )
     except Exception:  # a layer in the middle of the network: whatever follows cannot use its input
         pass
     finally:
         if not done:
             _place(network, heads, own)
     return done
+
+
+def _learned_after(network: nn.Module, heads: list[str], own: list[nn.Module], images: Tensor) -> bool:
+    """Whether parameters act on what the heads say, as EfficientViM's weights of its heads.
+
+    They may start as a plain mean and do not stay one.
+    """
+    with torch.enable_grad(), _in_place(network, heads, [_Constant(layer) for layer in own]):
+        return class_scores(network(images)).requires_grad
+
+
+class _Constant(nn.Module):
+    """In a head's place: the shape of its scores, of which no parameter knows."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.classes, self.channels = _size(layer)[0], _channels(layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = x.detach().movedim(self.channels, -1)[..., :1]
+        return scores.expand(*scores.shape[:-1], self.classes).movedim(-1, self.channels)
 
 
 def _agree(given: Tensor, wanted: Tensor) -> bool:

@@ -49,6 +49,7 @@ class Net(nn.Module):
         self.fc = nn.Linear(4, 5)
         self.other = nn.Linear(4 if end != "apart" else 3, 5)
         self.conv_fc = nn.Conv2d(4, 5, 1)
+        self.shares = nn.Parameter(torch.full((2,), 0.5 if end == "mixed" else 1.0))
 
     def forward(self, images):
         maps = self.conv(images)
@@ -62,6 +63,10 @@ class Net(nn.Module):
         logits = self.fc(features)
         if self.end == "apart":
             return torch.stack([logits, self.other(maps[:, 1:].amax((2, 3)))]).mean(0)
+        if self.end == "scaled":
+            return self.shares[0] * logits
+        if self.end == "mixed":
+            return self.shares[0] * logits + self.shares[1] * self.other(features)
         if self.end == "summed":
             return logits + 0.5 * self.other(features)
         if self.end == "normalised":
@@ -209,6 +214,8 @@ HEADS = [
     ("summed", (), 4),
     ("thrice", (), 4),
     ("normalised", (), 4),
+    ("scaled", (), 4),  # by a parameter that starts at 1
+    ("mixed", (), 4),  # by parameters that start as a plain mean
 ]
 
 
