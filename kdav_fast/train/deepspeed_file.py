@@ -135,7 +135,11 @@ def read_settings(path: Path, decided: dict[str, Any]) -> dict[str, Any]:
             _require_agreement(path, key, value, decided)
         elif key not in FREE and not (key in _UNUSED and _is_off(value)):
             raise InputError(f"train.deepspeed {path} sets {_plain(key)}, which it may not; {_instead(key)}")
-    settings = {key: value for key, value in added.items() if key in FREE and key != "zero_optimization"}
+    settings = {
+        key: value
+        for key, value in added.items()
+        if key in FREE and key != "zero_optimization" and not _says_nothing(value)
+    }
     if zero := {key: value for key, value in zero.items() if "offload" not in key or not _is_off(value)}:
         settings["zero_optimization"] = zero
     _require_effect(path, settings, decided["zero_optimization.stage"])
@@ -171,6 +175,10 @@ def _is_off(value: Any) -> bool:
         switch = value.get("enabled", value.get("device"))
         return switch in (False, "none") or all(map(_is_off, value.values()))
     return value in (None, False, [], "none")
+
+
+def _says_nothing(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, dict) and _is_off(value))
 
 
 def _agree(given: Any, decided: Any) -> bool:
