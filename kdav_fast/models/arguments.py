@@ -44,8 +44,15 @@ _NOBODY_S = "argument_that_no_network_has"
 
 def sketch(build: Callable[[], nn.Module]) -> nn.Module:
     """The network without memory for its weights; random numbers stay where they are."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                return build()
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # it reckons its sizes with tensors, as torchvision's RegNets do
+            return build().to("meta")
 
 
 def check_arguments(name: str, build: Build, arguments: dict[str, Any]) -> None:

@@ -127,7 +127,7 @@ class ImageClassifier(nn.Module):
             raise InputError(
                 f"the weights do not fit {self.name} with {self.classes} classes and width {self.width:g}: "
                 f"{shown}{more} ({len(differences)} of {len(self.stock_state_dict())} tensors differ); give weights of "
-                "this architecture or change its name, width or classes"
+                "this architecture or change its name, arguments, width or classes"
             )
         own = set()
         for path, part in zip(self.head_paths, self._parts(), strict=True):

@@ -280,7 +280,8 @@ def build_network(
     try:
         network.load_stock_state_dict(weights)
     except InputError as error:
-        raise InputError(f"{file}: {error}") from None
+        there = f"; they were trained with the arguments {card.arguments}" if card and card.arguments else ""
+        raise InputError(f"{file}: {error}{there}") from None
     if card is not None:
         if card.classes != classes and not config.reset_head:
             first = next(
