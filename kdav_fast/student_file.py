@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -47,6 +47,8 @@ class StudentCard(Section):
     """Optimizer steps that the run was to take; None in files that do not tell."""
     epochs: Positive | None = None
     """The same in epochs: `train.epochs`."""
+    precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """In which the networks computed; None in files that do not tell."""
 
     @property
     def normalization(self) -> Normalization:

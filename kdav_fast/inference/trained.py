@@ -12,7 +12,7 @@ from kdav_fast.inference.onnx_file import OnnxStudent, is_onnx, read_onnx
 from kdav_fast.runtime.memory_format import set_layout
 from kdav_fast.student_file import StudentCard, find_student_file, read_student
 from kdav_fast.train.distributed import Cluster, start_cluster
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve_precision
+from kdav_fast.train.precision import autocast_dtype, check_image_dtype, has_bf16, resolve_precision
 
 EFFECTIVE = frozenset(
     {"device", "train.batch_size", "train.precision"}
@@ -100,7 +100,13 @@ def start_inference(trained: Trained, config: Config) -> tuple[nn.Module, Cluste
         trained.network.check(trained.card, config.data.image_size)
         return trained.network, start_cluster(trained.network.device(config.device)), None
     cluster = start_cluster(config.device)
-    precision = resolve_precision(config.train.precision, cluster.device, config.data.image_size)
+    precision = config.train.precision
+    if precision == "auto":
+        # As its run evaluated it, so that both give the same figures, unless this machine cannot.
+        precision = trained.card.precision or "auto"
+        if precision == "bf16" and not has_bf16(cluster.device):
+            precision = "fp32"
+    precision = resolve_precision(precision, cluster.device, config.data.image_size)
     dtype = autocast_dtype(precision, cluster.device)
     check_image_dtype(config.data.dtype, dtype)
     if config.data.image_size != trained.card.data.image_size:

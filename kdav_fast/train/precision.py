@@ -22,14 +22,24 @@ def resolve_precision(precision: Literal["auto", Format], device: torch.device, 
     if precision != "auto":
         return precision
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return "bf16" if has_bf16(device) else "fp32"
     return "bf16" if cpu_has_bf16() and image_size >= SMALLEST_BF16_IMAGE else "fp32"
+
+
+def auto_of_earlier_versions(device: torch.device) -> Format:
+    """What a run computes in whose folder says `auto`: later versions write down what it stood for."""
+    return "fp32" if device.type == "cpu" else resolve_precision("auto", device, SMALLEST_BF16_IMAGE)
 
 
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 by instructions of its own, which torch knows how to use."""
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return has_instructions and torch.backends.mkldnn.is_available()
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether networks can compute in bf16 there; any CPU can, if need be slowly."""
+    return device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def autocast_dtype(
@@ -42,8 +52,7 @@ def autocast_dtype(
     Raises:
         InputError: bf16 on a GPU without it.
     """
-    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if precision == "bf16" and not has_bf16:
+    if precision == "bf16" and not has_bf16(device):
         name = torch.cuda.get_device_name(device)
         raise InputError(f"{key} is 'bf16' but {name} has no bf16 arithmetic; use {key}=fp16 or fp32")
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]

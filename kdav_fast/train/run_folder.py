@@ -10,7 +10,7 @@ import torch
 from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
-from kdav_fast.train.precision import Format, resolve_precision
+from kdav_fast.train.precision import Format, auto_of_earlier_versions, resolve_precision
 
 _FILE = "config.yaml"
 # These say where and how fast a run runs, not what it computes: they may change on a restart.
@@ -63,6 +63,9 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
             f"run_dir {config.run_dir} cannot be continued: {error}; use another run_dir"
         ) from None
     here = flat(config.model_dump(mode="json"))
+    if there["train.precision"] == "auto":
+        on_gpu = config.device != "cpu" and torch.cuda.is_available()
+        there["train.precision"] = auto_of_earlier_versions(torch.device("cuda" if on_gpu else "cpu"))
     epochs, wanted = there["train.epochs"], here["train.epochs"]
     for key in sorted(there.keys() | here.keys()):
         if there.get(key) == here.get(key) or key in _FREE:
@@ -85,12 +88,12 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
 
 def precision_of_run(config: Config, device: torch.device) -> Format:
     """`train.precision`, or what `auto` stands for: what the folder's run began with, else what is faster here."""
-    begun = None
     if config.train.precision == "auto" and (config.run_dir / _FILE).exists():
         section = read_run_config(config.run_dir).get("train")
         begun = section.get("precision") if isinstance(section, dict) else None
-    if begun in get_args(Format):
-        return begun
+        if begun in get_args(Format):
+            return begun
+        return auto_of_earlier_versions(device)
     return resolve_precision(config.train.precision, device, config.data.image_size)
 
 

@@ -35,7 +35,7 @@ from kdav_fast.train.first_answers import FirstAnswers
 from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype, resolve_precision
+from kdav_fast.train.precision import autocast_dtype, check_image_dtype, dtype_name, resolve_precision
 from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.teacher import FrozenTeacher
@@ -115,6 +115,7 @@ class Parts:
             epoch=self.epoch(step),
             steps=self.steps,
             epochs=self.config.train.epochs,
+            precision=dtype_name(self.dtype),
         )
 
 

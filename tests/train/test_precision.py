@@ -6,10 +6,12 @@ import yaml
 
 from kdav_fast import doctor
 from kdav_fast.errors import InputError
+from kdav_fast.evaluate import evaluate_file
 from kdav_fast.train import precision
 from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.loop import prepare, run_training
 from kdav_fast.train.precision import autocast_dtype, resolve_precision
+from kdav_fast.train.run_folder import write_run_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -64,6 +66,28 @@ def test_a_run_keeps_the_precision_that_it_began_with(monkeypatch, small_config,
     )
     with pytest.raises(InputError, match=r"train\.precision is 'bf16' there and 'fp32' here"):
         prepare(explicit, start_cluster("cpu"), extend=False)
+
+
+def test_an_evaluation_computes_as_its_run_did(monkeypatch, small_config, tmp_path):
+    let_cpu_have_bf16(monkeypatch, True)
+    monkeypatch.setattr(precision, "SMALLEST_BF16_IMAGE", 8)
+    config = small_config(tmp_path / "run", train={"epochs": 0.25, "precision": "fp32", "save_every": 0})
+    accuracy = run_training(config)
+    same = pytest.approx(accuracy.loss, rel=1e-6)  # batches of another size add up otherwise
+    assert evaluate_file(config.run_dir).loss == same
+    assert evaluate_file(config.run_dir, ["train.precision=bf16"]).loss != same
+
+
+def test_a_run_of_an_earlier_version_goes_on_in_what_auto_meant_there(monkeypatch, small_config, tmp_path):
+    let_cpu_have_bf16(monkeypatch, True)
+    monkeypatch.setattr(precision, "SMALLEST_BF16_IMAGE", 8)
+    config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0, "save_every": 0})
+    write_run_config(config)  # it says `auto`, as then
+    parts, _ = prepare(config, start_cluster("cpu"), extend=False)
+    assert parts.dtype is None
+    explicit = config.train.model_copy(update={"precision": "bf16"})
+    with pytest.raises(InputError, match=r"train\.precision is 'fp32' there and 'bf16' here"):
+        prepare(config.model_copy(update={"train": explicit}), start_cluster("cpu"), extend=False)
 
 
 def test_doctor_says_what_auto_takes(monkeypatch):
