@@ -1,6 +1,7 @@
 """What several test modules need: small runs on the digits, and where GPU tests run."""
 
 import copy
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: no later collection of garbage looks at it again, of which there are many."""
+    gc.collect()
+    gc.freeze()
 
 
 SMALL_RUN: dict[str, Any] = {
