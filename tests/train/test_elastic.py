@@ -48,7 +48,7 @@ def train(small_config, teacher_run, tmp_path):
         )
         file = tmp_path / f"{name}-{world}.yaml"
         file.write_text(dump_config(config))
-        group = processes.start([PROGRAM, str(file), str(step), str(tmp_path / (show or "unseen"))], world)
+        group = processes.fork([PROGRAM, str(file), str(step), str(tmp_path / (show or "unseen"))], world)
         texts = processes.outputs(group)
         codes = {process.returncode for process in group}
         return config.run_dir, codes, "\n".join(texts)
