@@ -175,11 +175,20 @@ class ImageClassifier(nn.Module):
         wanted = self.stock_state_dict()
         differences = {name: f"{name} is missing" for name in wanted if name not in state}
         differences |= {name: f"{name} is unexpected" for name in state if name not in wanted}
-        return differences | {
-            name: f"{name} is {_shape(state[name])}, needed {_shape(tensor)}"
-            for name, tensor in wanted.items()
-            if name in state and state[name].shape != tensor.shape
-        }
+        return (
+            differences
+            | {
+                name: f"{name} is {_shape(state[name])}, needed {_shape(tensor)}"
+                for name, tensor in wanted.items()
+                if name in state and state[name].shape != tensor.shape
+            }
+            | {
+                # Loading would cast it, though quantized weights, say, mean nothing without their scales.
+                name: f"{name} is of {str(state[name].dtype).removeprefix('torch.')}, needed floating-point values"
+                for name, tensor in wanted.items()
+                if name in state and tensor.is_floating_point() and not state[name].is_floating_point()
+            }
+        )
 
 
 def build_classifier(

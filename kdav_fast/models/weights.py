@@ -4,6 +4,8 @@ import argparse
 import os
 import pickle
 import re
+import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,14 @@ def load_weights(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         The tensors by name, and the safetensors metadata (empty for a torch file).
 
     Raises:
-        InputError: no such file, not a checkpoint, a pickle that holds more than data, or a tensor that no network
-            can compute with: not finite in float32, or a negative variance.
+        InputError: no such file, not a checkpoint, a damaged one, a pickle that holds more than data, or a tensor that
+            no network can compute with: sparse or quantized, not finite in float32, or a negative variance.
     """
     path = Path(path)
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would be waited for, and read once only
+            raise InputError(f"weights {path} is a pipe or a device; give a safetensors or torch file")
         with path.open("rb") as file:
             head = file.read(9)
     except OSError as error:
@@ -63,9 +68,10 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _load_torch(path: Path, head: bytes) -> Any:
     try:
+        damaged = _damaged_part(path)
         # timm and other scripts save their command line beside the weights; a namespace is only data.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch's reader fails in as many ways as there are broken files
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if refused or (isinstance(error, pickle.UnpicklingError) and head[:1] == b"\x80"):
@@ -77,10 +83,25 @@ def _load_torch(path: Path, head: bytes) -> Any:
         raise InputError(
             f"weights {path} is not a checkpoint that can be read; give a safetensors or torch file"
         ) from None
+    if damaged:
+        raise InputError(f"weights {path} is damaged: {damaged} in it has not its check sum; copy it again")
+    return content
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The first part of a zipped torch file with other content than was written; torch does not look at check sums."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        # Who saves with torch.serialization.set_crc32_options(False) leaves all of them 0.
+        return archive.testzip() if any(part.CRC for part in archive.infolist()) else None
 
 
 def _require_usable(tensors: dict[str, Tensor], path: Path) -> None:
     for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            kind = "has no values" if tensor.is_meta else "is sparse or quantized"
+            raise InputError(f"weights {path}: {name} {kind}; give a checkpoint of plain tensors")
         if not tensor.is_floating_point():
             continue
         values = tensor.float()  # what networks compute in: a float64 may lie beyond its range

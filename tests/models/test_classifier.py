@@ -189,6 +189,18 @@ def test_weights_of_another_width():
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.stock_state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_of_another_kind_of_number(dtype):
+    """Loaded, they would be cast: quantized ones to nonsense, complex ones to their real parts."""
+    model = build_classifier("cifar:resnet8", 10)
+    state = model.stock_state_dict()
+    before = state["conv1.weight"].clone()
+    state["conv1.weight"] = state["conv1.weight"].to(dtype)
+    message = refusal(model.load_stock_state_dict, state)
+    assert f"conv1.weight is of {str(dtype)[6:]}, needed floating-point values" in message
+    assert torch.equal(model.stock_state_dict()["conv1.weight"], before)
+
+
 def test_missing_and_unexpected_weights():
     model = build_classifier("cifar:resnet8", 10)
     state = model.stock_state_dict()

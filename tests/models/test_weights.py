@@ -1,7 +1,9 @@
 """Weights from files: the usual wrappings, and files that are broken or hostile."""
 
 import argparse
+import os
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -183,3 +185,44 @@ def test_values_that_look_odd_but_are_not(tmp_path, tensors):
     }
     save_file(tensors | sound, path)
     assert_same(load_weights(path)[0], tensors | sound)
+
+
+def test_a_flipped_bit_in_a_torch_file(tmp_path, tensors):
+    """torch reads such a file without a word."""
+    path = tmp_path / "model.pt"
+    torch.save(tensors | {"wide": torch.arange(1000.0)}, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.arange(500.0, 504.0).numpy().tobytes())] ^= 1
+    path.write_bytes(content)
+    assert not torch.equal(torch.load(path)["wide"], torch.arange(1000.0))
+    assert "is damaged: model/data/2 in it has not its check sum; copy it again" in refusal(path)
+
+
+def test_a_torch_file_without_check_sums(tmp_path, tensors):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors, tmp_path / "model.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    with zipfile.ZipFile(tmp_path / "model.pt") as archive:
+        assert archive.testzip()  # it has none
+    assert_same(load_weights(tmp_path / "model.pt")[0], tensors)
+
+
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        assert "is a pipe or a device; give a" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.eye(3).to_sparse(), "fc.weight is sparse or quantized"),
+        (torch.quantize_per_tensor(torch.eye(3), 0.1, 0, torch.qint8), "fc.weight is sparse or quantized"),
+        (torch.empty(3, device="meta"), "fc.weight has no values"),
+    ],
+)
+def test_tensors_without_plain_values(tmp_path, tensors, tensor, said):
+    torch.save(tensors | {"fc.weight": tensor}, tmp_path / "model.pt")
+    assert said in refusal(tmp_path / "model.pt")
