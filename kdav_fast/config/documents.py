@@ -58,13 +58,19 @@ for _name, _pattern, _first in (
     _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list(_first))
 
 
-def read_document(path: Path) -> str:
+def read_document(path: Path, *, pipe: bool = False) -> str:
     """A file's text, with or without a byte order mark.
 
+    Args:
+        path: the file.
+        pipe: whether it may be a pipe, which is waited for and can be read once only.
+
     Raises:
-        DocumentError: it is larger than `MAX_BYTES`, or not UTF-8.
+        DocumentError: it is a pipe or a device, larger than `MAX_BYTES`, or not UTF-8.
         OSError: it cannot be read.
     """
+    if not (pipe or path.is_file() or path.is_dir()) and path.exists():
+        raise DocumentError("is a pipe or a device; give a file")
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:

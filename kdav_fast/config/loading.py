@@ -59,7 +59,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = parse_yaml(read_document(path))
+        raw = parse_yaml(read_document(path, pipe=True))
     except OSError as error:
         raise InputError(f"config {path}: {error.strerror}; give the path of a YAML file") from None
     except DocumentError as error:

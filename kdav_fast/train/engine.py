@@ -88,8 +88,15 @@ class StudentEngine:
             engine, *_ = self._deepspeed.initialize(
                 model=module, optimizer=optimizer, dist_init_required=False, config=settings
             )
-        except (ValueError, AssertionError, ImportError, self._deepspeed.DeepSpeedConfigError) as error:
-            if config.deepspeed is None:
+        except (
+            ValueError,
+            AssertionError,
+            ImportError,
+            OSError,
+            self._deepspeed.DeepSpeedConfigError,
+        ) as error:
+            # Of the system's errors, those about a path that the file names, such as a monitor's folder.
+            if config.deepspeed is None or (isinstance(error, OSError) and error.filename is None):
                 raise
             raise InputError(
                 f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {' '.join(str(error).split())}"

@@ -103,8 +103,8 @@ def config_facts(config: Config) -> dict[str, str]:
         key: repr(value) for key, value in flat(config.model_dump(mode="json")).items() if key not in _OWN
     }
     if config.train.deepspeed is not None:
-        with suppress(OSError):  # who needs it will say so
-            content = config.train.deepspeed.read_bytes()
+        with suppress(OSError, DocumentError):  # who needs it will say so
+            content = read_document(config.train.deepspeed).encode()
             facts["the content of train.deepspeed"] = hashlib.sha256(content).hexdigest()[:12]
     return facts
 

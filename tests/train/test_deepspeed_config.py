@@ -1,6 +1,7 @@
 """The user's own DeepSpeed settings: merged, refused by name, and in force."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
 from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.loop import run_training
+from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import set_up
 
 PARAMETERS = 1234
@@ -258,6 +260,23 @@ def test_conflicts_and_mistakes_are_refused_by_name(settings, content, message):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"train\.deepspeed .*none\.json: No such file.*; give the path"):
         deepspeed_config(TrainConfig(deepspeed=tmp_path / "none.json"), 8, None, PARAMETERS)
+
+
+def test_a_pipe_is_not_waited_for(small_config, tmp_path):
+    """It is read several times: by what compares the processes' settings as well."""
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(InputError, match=r"train\.deepspeed .*pipe\.json is a pipe or a device; give a file"):
+        deepspeed_config(TrainConfig(deepspeed=tmp_path / "pipe.json"), 8, None, PARAMETERS)
+    config_facts(small_config(tmp_path / "run", train={"deepspeed": str(tmp_path / "pipe.json")}))
+
+
+def test_a_monitor_s_folder_that_cannot_be_made_is_told_in_one_line(small_config, tmp_path):
+    path = tmp_path / "deepspeed.json"
+    monitor = {"enabled": True, "output_path": str(path / "sub")}  # below a file
+    path.write_text(json.dumps({"csv_monitor": monitor}))
+    with pytest.raises(InputError, match=r"DeepSpeed refuses .*deepspeed\.json: .*Not a directory") as error:
+        run_training(small_config(tmp_path / "run", train={"deepspeed": str(path)}))
+    assert "\n" not in str(error.value)
 
 
 def test_what_deepspeed_itself_refuses_is_told_in_one_line(small_config, tmp_path):
