@@ -1,6 +1,8 @@
 """The list of images that are left out: a line an image, its name, then perhaps a tab and the reason."""
 
+import codecs
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -34,7 +36,10 @@ def leave_out(path: Path | None, *splits: ImageSet) -> tuple[ImageSet, ...]:
     if path is None:
         return splits
     try:
-        lines = os.fsdecode(path.read_bytes()).split("\n")
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise InputError(f"data.skip_list {path} is a pipe or a device; give a file")
+        # Spreadsheets and editors put a byte order mark first and end lines as Windows does.
+        lines = re.split("\r?\n", os.fsdecode(path.read_bytes().removeprefix(codecs.BOM_UTF8)))
     except OSError as error:
         raise InputError(
             f"data.skip_list {path}: {error.strerror}; give the file that 'kdav data check --quarantine' wrote"

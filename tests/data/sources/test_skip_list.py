@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from kdav_fast.data.sources.skip_list import leave_out, write_skip_list
@@ -26,6 +28,18 @@ def test_a_list_written_by_hand_needs_no_reasons(splits, tmp_path):
     train, evaluation = leave_out(tmp_path / "skip.txt", *splits)
     assert len(train) == 3
     assert evaluation is splits[1]
+
+
+def test_a_list_saved_by_an_editor_of_windows(splits, tmp_path):
+    (tmp_path / "skip.txt").write_bytes(b"\xef\xbb\xbftrain/0000.png\r\ntrain/0002.png\ttruncated\r\n")
+    train, _ = leave_out(tmp_path / "skip.txt", *splits)
+    assert train.paths == ("train/0001.png", "train/0003.png", "train/0004.png")
+
+
+def test_a_pipe_is_not_waited_for(splits, tmp_path):
+    os.mkfifo(tmp_path / "skip.txt")
+    with pytest.raises(InputError, match=r"skip\.txt is a pipe or a device; give a file"):
+        leave_out(tmp_path / "skip.txt", *splits)
 
 
 def test_names_that_are_not_utf8_survive(numbered_split, tmp_path):
