@@ -132,7 +132,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 def _parse(text: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         line = json.loads(text)
-    except ValueError:  # also covers bytes that are not UTF-8
+    except (ValueError, RecursionError):  # also covers bytes that are not UTF-8
         line = None
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise InputError(f'{path} line {number} is not a JSON object with a whole "step"; delete that line')

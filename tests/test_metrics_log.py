@@ -87,7 +87,9 @@ def test_missing_file_names_the_path_and_the_way_out(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", [b"not json\n", b"[1]\n", b'{"epoch": 1}\n', b"\xff\xfe\n", b"\n"])
+@pytest.mark.parametrize(
+    "text", [b"not json\n", b"[1]\n", b'{"epoch": 1}\n', b"\xff\xfe\n", b"\n", b"[" * 100_000 + b"\n"]
+)
 def test_a_complete_but_foreign_line_is_an_input_error_that_names_it(tmp_path, text):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n' + text)

@@ -53,7 +53,10 @@ class ProcessIdentity(NamedTuple):
     @classmethod
     def from_json(cls, content: bytes) -> Self:
         """Raises `ValueError` for anything else than what `as_json` gives."""
-        fields = json.loads(content)
+        try:
+            fields = json.loads(content)
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
         kinds = cls.__annotations__
         if not isinstance(fields, dict) or {name: type(value) for name, value in fields.items()} != kinds:
             raise ValueError("not a process's identity")

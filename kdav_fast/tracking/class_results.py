@@ -141,7 +141,7 @@ def read_class_results(run_dir: Path) -> ClassResults | None:
             tuple(round(share * count / 100) for share, count in zip(top5, images, strict=True)),
             tuple((pair["class"], pair["taken_for"], pair["images"]) for pair in content["confused"]),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise InputError(f"{file} is damaged; remove it, the report does without") from None
 
 

@@ -50,7 +50,7 @@ def _read(file: Path) -> Fingerprint | None:
         return None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; make it readable") from None
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(
             f"{file} is damaged, so that it is unknown with which images the run was begun; restore it, or remove it "
             "to continue with those that are there"

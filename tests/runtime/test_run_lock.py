@@ -187,6 +187,7 @@ def test_another_job_does_not(tmp_path, before, now):
         b"{}",
         b"[1]",
         b"{" * 9999,
+        b"[" * 100_000,
         identity(token="../../escaped").as_json().encode(),
         identity(since=1e300).as_json().encode(),
         identity().as_json().replace(f'"process": {os.getpid()}', '"process": "7"').encode(),

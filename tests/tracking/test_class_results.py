@@ -69,7 +69,9 @@ def test_what_is_written_is_read_again(tmp_path):
     assert all(math.isfinite(row["top1"]) for row in content["classes"] if row["images"])
     assert read_class_results(tmp_path) == results
     assert read_class_results(tmp_path / "elsewhere") is None
-    for damage in ("{", "[]", '{"classes": [], "confused": []}', '{"classes": [{"class": "a"}]}', "null"):
+    infinite = '{"classes": [{"class": "a", "images": 1, "top1": Infinity, "top5": 1}], "confused": []}'
+    lacking = ('{"classes": [], "confused": []}', '{"classes": [{"class": "a"}]}')
+    for damage in ("{", "[]", *lacking, "null", "[" * 100_000, infinite):
         (tmp_path / "per_class.json").write_text(damage)
         with pytest.raises(InputError, match="per_class.json is damaged; remove it"):
             read_class_results(tmp_path)

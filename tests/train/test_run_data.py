@@ -72,7 +72,7 @@ def test_other_names_are_never_accepted(small_config, digits, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"train": 1}', "{", '{"train": {"images": 1, "sections": [3]}}']
+    "content", ["", "[]", '{"train": 1}', "{", '{"train": {"images": 1, "sections": [3]}}', "[" * 100_000]
 )
 def test_a_damaged_file_is_refused_by_name(small_config, digits, tmp_path, content):
     config = small_config(tmp_path / "run", data={"name": "folder", "root": str(digits)})
