@@ -321,7 +321,8 @@ def test_a_disk_that_fills_up_during_a_save_keeps_the_earlier_checkpoint(
 ):
     # Room for two checkpoints, those of steps 0 and 4, and half a third.
     one = blocks((whole / "checkpoints" / "step-00000008").iterdir())
-    disk.resize(5 * one // 2 + blocks(whole.glob("tensorboard/*")) + 4 * BLOCK)
+    beside = [*whole.glob("tensorboard/*"), whole / "data.json"]
+    disk.resize(5 * one // 2 + blocks(beside) + 4 * BLOCK)
     config = config_of(disk.folder / "run", save_every=0.5, async_checkpoints=asynchronous)
     assert kdav(config) == BAD_INPUT
     line = error_line(capsys)

@@ -97,7 +97,7 @@ def test_suffix_and_folder_tell_images_apart(read):
         ("a.png n04\n", r"line 1: 'n04' is none of the 3 classes, such as 'n01'; correct"),
         ("\na.png 3\n", r"line 2: class 3 is out of range 0 to 2; count the sorted class names from 0"),
         ("a.png -1\n", r"line 1: class -1 is out of range 0 to 2"),
-        ("a.png " + "9" * 5000, r"line 1: '9+' is none of the 3 classes"),
+        ("a.png " + "9" * 5000, r"line 1: '9+ \.\.\. 9+' is none of the 3 classes"),
         (
             "a.png n01\r\n490\n361\n",
             r"line 2 is one column.*devkit's own order.*; give a file with image names",
