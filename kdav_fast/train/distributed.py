@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from kdav_fast.errors import InputError, RankLostError
-from kdav_fast.runtime.agreement import code_facts
+from kdav_fast.runtime.agreement import code_facts, difference
 from kdav_fast.runtime.meeting import Meeting
 from kdav_fast.runtime.say import say
 from kdav_fast.train.liveness import Liveness
@@ -71,6 +71,17 @@ class Cluster:
         values: list[T] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    @property
+    def names(self) -> list[str]:
+        """Every process with its host and number, in rank order: for messages."""
+        return self.liveness.names
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raise `InputError` on every rank, naming what differs, unless all have the same facts."""
+        unlike = difference(list(zip(self.names, self.gather(facts), strict=True)))
+        if unlike:
+            raise InputError(unlike)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -60,10 +60,10 @@ class Liveness:
         self._rank, self._world, self._beat, self._patience = rank, world, beat, patience
         self._silence = max(silence, patience)
         self._name = f"rank {rank} (host {socket.gethostname()}, process {os.getpid()})"
+        self._names = [f"rank {r}" for r in range(world)]
         self._thread: threading.Thread | None = None
         if world == 1:
             return
-        self._names = [f"rank {r}" for r in range(world)]
         self._meeting = meeting
         # Of a connection its own, since only its thread may wait for a host that is frozen.
         self._store = dist.PrefixStore(meeting.next_run(), meeting.store())
@@ -83,6 +83,11 @@ class Liveness:
         terminations.append(self._why_terminated)
         atexit.register(self._end_if_given_up)  # run after `close`: the last registered is the first
         atexit.register(self.close)
+
+    @property
+    def names(self) -> list[str]:
+        """Each rank with its host and process number, once all have met."""
+        return self._names
 
     def meet(self, facts: Mapping[str, str], timeout: float) -> dist.Store | None:
         """Wait until all processes are here with the same facts; returns a store for their process group.

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from kdav_fast.config import Config, ModelConfig
 from kdav_fast.data import DataSets, build_loaders, check_images, open_images
 from kdav_fast.data.checks.splits import check_splits
-from kdav_fast.data.fingerprint import Fingerprint, fingerprint
+from kdav_fast.data.fingerprint import Fingerprint
 from kdav_fast.distillers import Distiller, build_distiller
 from kdav_fast.errors import InputError
 from kdav_fast.models import (
@@ -37,6 +37,7 @@ from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.precision import autocast_dtype, check_image_dtype, dtype_name, resolve_precision
 from kdav_fast.train.run_data import check_run_data
+from kdav_fast.train.same_everywhere import require_same_network, same_images
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.teacher import FrozenTeacher
 from kdav_fast.train.trial import try_training_step
@@ -159,7 +160,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         )
     decode = config.data.check == "decode"
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in images])
-    data = cluster.on_first(lambda: fingerprint(images))
+    data = same_images(cluster, images)
     cluster.on_first(lambda: check_run_data(config, data))
     classes = images.train.classes
 
@@ -169,6 +170,7 @@ def set_up(config: Config, cluster: Cluster) -> Parts:
         f"building {config.model.name}"
     )
     network, known = build_network(config.model, classes, "model", config.data.image_size)
+    require_same_network(cluster, network, "model", dtype)
     normalization = _configured(config.data) or known or IMAGENET
     micro_batch = micro_batch_size(train, cluster.world)
     loaders = build_loaders(
@@ -327,15 +329,16 @@ def _build_teacher(
     network, known = build_network(config.teacher, classes, "teacher", config.data.image_size)
     _check_teacher(network, config.distiller.name, len(classes))
     classifier = network.linear_classifier()
+    if config.teacher.precision != "train":
+        dtype = autocast_dtype(config.teacher.precision, cluster.device, "teacher.precision")
+        check_image_dtype(config.data.dtype, dtype, "teacher.precision")
+    require_same_network(cluster, network, "teacher", dtype)
     if config.teacher.sharded:
         shard_for_inference(network, cluster)
     else:
         set_layout(network.to(cluster.device), config.data.layout, cluster.device)
     if config.teacher.compile:
         network.compile()
-    if config.teacher.precision != "train":
-        dtype = autocast_dtype(config.teacher.precision, cluster.device, "teacher.precision")
-        check_image_dtype(config.data.dtype, dtype, "teacher.precision")
     renormalize = renormalization(normalization, known or normalization)
     return FrozenTeacher(network, renormalize, cluster.device, dtype), classifier
 

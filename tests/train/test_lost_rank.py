@@ -12,9 +12,7 @@ from tests.train import processes
 
 @pytest.fixture
 def endless_run(small_config, teacher_run, tmp_path):
-    """Two processes in the middle of a run that would take hours: in a step, since a freeze while saving is waited for
-    longer. Checkpoints are written at steps 16 and 32, and the run is handed out soon after step 20.
-    """
+    """Two processes in the middle of a run that would take hours, after the checkpoint of step 16."""
     config = small_config(
         tmp_path / "run",
         teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
