@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.errors import InputError, RankLostError, lack_of_means
 from kdav_fast.runtime.interrupts import INTERRUPTED, STOPPED, Interrupts
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.say import say_once
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: the command line; None takes the process's own, and the process then belongs to the command until
             its end, when Ctrl-C is concerned.
     """
-    interrupts = Interrupts(speaks=os.environ.get("RANK", "0") == "0")
+    interrupts = Interrupts(speaks=_is_first())
     if arguments is None:
         interrupts.__enter__()
         code = _main(sys.argv[1:], interrupts)
@@ -65,9 +65,9 @@ def _command(arguments: list[str], interrupts: Interrupts) -> int:
         options = _parse(arguments)
         if options.command in (_distill, _train, _demo):
             interrupts.expect_stops("the same command begins the run, or continues it from what is saved")
-        return options.command(options)
+        return _within_the_means(options)
     except InputError as error:
-        first = os.environ.get("RANK", "0") == "0"
+        first = _is_first()
         if first:  # every rank has the same error; one line is enough
             print(f"kdav: error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
@@ -80,6 +80,27 @@ def _command(arguments: list[str], interrupts: Interrupts) -> int:
     except RankLostError as error:  # each rank says it: the first may be the one that was lost
         print(f"kdav: error: {error}", file=sys.stderr, flush=True)
         return RANK_LOST
+
+
+def _is_first() -> bool:
+    """Whether this process says what all of a run's processes have to say."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
+def _within_the_means(options: argparse.Namespace) -> int:
+    """Run a command; what the machine has too little of becomes an `InputError`."""
+    try:
+        code = options.command(options)
+        if options.command not in (_distill, _train, _demo):  # whose results are files
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        raise
+    except (MemoryError, RuntimeError, OSError) as error:
+        lack = lack_of_means(error)
+        if lack is None:
+            raise
+        raise lack from error
 
 
 class _Parser(argparse.ArgumentParser):

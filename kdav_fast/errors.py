@@ -1,7 +1,12 @@
 """The exceptions that mean "not our code": the user's input, or another process."""
 
+import errno
+import re
+
 _MESSAGE = 2000
 _VALUE = 100
+_NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|bad_alloc", re.IGNORECASE)
+"""As torch, CUDA, DALI, NumPy and the system say it."""
 
 
 class InputError(ValueError):
@@ -20,6 +25,27 @@ class InputError(ValueError):
 
 class RankLostError(RuntimeError):
     """Another process of the run is gone; the message is one line that names it and says what to do."""
+
+
+def lack_of_means(error: Exception) -> InputError | None:
+    """What to say where the machine has too little memory, threads, open files or room; None for other errors."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = _cut(re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text), 3 * _VALUE)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(text):
+        return InputError(
+            f"not enough memory ({reason}); lower train.batch_size, raise train.accumulate, or lower what else is "
+            "large, such as data.image_size or distiller.memory_length"
+        )
+    if "can't start new thread" in text or number == errno.EAGAIN:
+        return InputError(
+            f"no further thread or process ({reason}); raise ulimit -u and -v, or lower data.workers"
+        )
+    if number in (errno.EMFILE, errno.ENFILE):
+        return InputError(f"no further open file ({reason}); raise ulimit -n, to 1024 or more")
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return InputError(f"cannot write {error.filename or 'the output'}: {error.strerror}; make room")
+    return None
 
 
 def shown(value: object, length: int = _VALUE) -> str:

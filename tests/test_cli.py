@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +136,7 @@ def test_doctor_refuses_a_shape_that_is_none(capsys):
         ),
         (["model.checkpoint=missing.safetensors"], "missing.safetensors"),
         (["device=tpu"], "'device' is 'tpu'"),
+        (["data.workers=100000"], "'data.workers' is 100000; allowed: "),
     ],
 )
 def test_bad_configs(config, capsys, tmp_path, overrides, message):
@@ -237,6 +239,27 @@ def test_a_loss_that_is_not_a_number_is_null_in_json(teacher_run, capsys, monkey
     found = json.loads(text)
     assert (found["top1"], found["loss"], found["images"]) == (10.0, None, 900)
     assert "NaN" not in text
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_an_output_that_cannot_be_written_is_no_success(teacher_run, capsys, monkeypatch):
+    answer = (evaluate.Accuracy(10.0, 50.0, 1.0, 900), None)
+    monkeypatch.setattr(evaluate, "evaluate_trained", lambda *_: answer)
+    with Path("/dev/full").open("w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["evaluate", str(teacher_run), "--json"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "kdav: error: cannot write the output: No space left on device; make room\n"
+    )
+
+
+def test_too_little_memory_is_one_line(teacher_run, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "evaluate_trained", lambda *_: bytearray(1 << 61))
+    assert main(["evaluate", str(teacher_run)]) == 2
+    assert capsys.readouterr().err.startswith(
+        "kdav: error: not enough memory (MemoryError); lower train.batch_size"
+    )
 
 
 def test_version_names_what_results_depend_on_without_importing_it():

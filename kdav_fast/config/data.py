@@ -57,7 +57,7 @@ class DataConfig(Section):
     resident: bool = False
     """Decode every image once, keep it as `image_size` x `image_size` bytes in the memory of the device, and augment
     from there. Crops are then taken from that square. For sets that fit, in each process."""
-    workers: Count | None = None
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Decoding threads or processes a rank. Default: the rank's share of the cores."""
     on_reshard: Literal["refuse", "restart_epoch"] = "refuse"
     """Continuing with another number of processes: an error, or the epoch from its beginning."""
