@@ -6,8 +6,10 @@ torch's own meeting waits half an hour and tells nobody who is missing, nor that
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -15,8 +17,8 @@ import torch.distributed as dist
 from kdav_fast.errors import InputError, RankLostError
 from kdav_fast.runtime.agreement import difference
 
-_POLL = 0.1
-"""Seconds."""
+_POLL, _NAMING, _GRACE = 0.1, 60.0, 5.0
+"""Seconds: between two looks, for a host's name to be known, and beyond the timeout of torch's own."""
 
 
 class Meeting:
@@ -53,10 +55,14 @@ class Meeting:
         """How many runs began in this process."""
 
     def _open(self, host: bool) -> dist.TCPStore:
-        if not host:
+        if host:
+            self._wait_for_name()
+        else:
             self._wait_for_port()
         try:
             return self._connect(host)
+        except RankLostError:
+            raise
         except RuntimeError as error:
             if not host:
                 raise RankLostError(
@@ -67,6 +73,21 @@ class Meeting:
                 f"MASTER_PORT {self.port} of host {socket.gethostname()} cannot be used: {reason}; another run may "
                 "have it: give another one (--master_port of the deepspeed launcher)"
             ) from None
+
+    def _wait_for_name(self) -> None:
+        """A name service may learn the name of a host that has just started a little later."""
+        deadline = min(self._deadline, time.monotonic() + _NAMING)
+        while True:
+            try:
+                socket.getaddrinfo(self.address, self.port)
+                return
+            except (OSError, UnicodeError) as error:
+                if time.monotonic() > deadline:
+                    raise InputError(
+                        f"MASTER_ADDR is {self.address!r}, which cannot be looked up "
+                        f"({getattr(error, 'strerror', None) or error}); give the address of the host of rank 0"
+                    ) from None
+            time.sleep(_POLL)
 
     def _wait_for_port(self) -> None:
         """By plain sockets: torch's own attempts write warnings with stacks."""
@@ -89,12 +110,38 @@ class Meeting:
         """Another connection, for who waits long: requests of one connection wait for each other."""
         try:
             return dist.PrefixStore(self._prefix, self._connect())
+        except RankLostError:
+            raise
         except RuntimeError as error:
             raise RankLostError(f"{self._first()} answered and left again; look into its output") from error
 
     def _connect(self, host: bool = False) -> dist.TCPStore:
-        wait = timedelta(seconds=max(1.0, self._timeout))
-        return dist.TCPStore(self.address, self.port, is_master=host, wait_for_workers=False, timeout=wait)
+        wait = max(1.0, self._timeout)
+        opened = Future()
+
+        def connect() -> None:
+            try:
+                opened.set_result(
+                    dist.TCPStore(
+                        self.address,
+                        self.port,
+                        is_master=host,
+                        wait_for_workers=False,
+                        timeout=timedelta(seconds=wait),
+                    )
+                )
+            except Exception as error:
+                opened.set_exception(error)
+
+        # torch waits without end for another program's server that says nothing.
+        threading.Thread(target=connect, name="meeting", daemon=True).start()
+        try:
+            return opened.result(wait + _GRACE)
+        except TimeoutError:
+            raise RankLostError(
+                f"{self._first()} does not speak as a run's first process does: MASTER_PORT may be another program's; "
+                "give another one (--master_port of the deepspeed launcher)"
+            ) from None
 
     def next_run(self) -> str:
         """A name for the next run of these processes, the same on all of them."""

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -137,11 +138,9 @@ def start_cluster(
         InputError: "cuda" where there is none, an environment that makes no sense, or unlike facts.
         RankLostError: another process did not come.
     """
-    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
-    if not 0 <= rank < max(world, 1):
-        raise InputError(f"RANK is {rank} and WORLD_SIZE is {world}; ranks are 0 to WORLD_SIZE - 1")
+    rank, world = _place()
     local_rank = _number("LOCAL_RANK", 0)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world)))
+    local_world = _number("LOCAL_WORLD_SIZE", _number("LOCAL_SIZE", world))
     liveness = _liveness(rank, world, comm_timeout)
     with liveness.naming_lost_ranks(stay=True):
         if device == "cuda" and not torch.cuda.is_available():
@@ -185,9 +184,17 @@ def _liveness(rank: int, world: int, timeout: float, patience: float = 10.0) -> 
     return Liveness(rank, world, _meeting, silence=timeout, patience=patience)
 
 
+def _place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE; raises `InputError` where they make no sense."""
+    rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if rank >= world:
+        raise InputError(f"RANK is {rank} and WORLD_SIZE is {world}; ranks are 0 to WORLD_SIZE - 1")
+    return rank, world
+
+
 def _number(name: str, default: int) -> int:
     text = os.environ.get(name, str(default))
-    if not text.strip().isdecimal():
+    if not re.fullmatch(r"\s*[0-9]{1,7}\s*", text):
         raise InputError(f"{name} is {text!r}; it must be a whole number, as a launcher sets it")
     return int(text)
 
@@ -197,11 +204,14 @@ def tell_the_others(error: InputError) -> None:
 
     Where rank 0 cannot be reached, `error.told` becomes False: then nobody else will print it.
     """
-    with suppress(InputError, RankLostError):  # the port is another run's, or nobody is there
-        rank, world = _number("RANK", 0), _number("WORLD_SIZE", 1)
-        if world <= 1 or _meeting is not None:
+    if _meeting is not None:
+        return
+    error.told = os.environ.get("RANK", "0") == "0"
+    # The environment makes no sense, the port is another run's, or nobody is there.
+    with suppress(InputError, RankLostError):
+        rank, world = _place()
+        if world == 1:
             return
-        error.told = rank == 0
         liveness = _liveness(rank, world, _TELLING, _TELLING)
         with suppress(InputError), liveness.naming_lost_ranks():
             raise error
