@@ -130,6 +130,20 @@ class EmbeddingHead(FoldableHead):
         """The prototypes without bias: the largest <mu_y, z> is the Bayes classifier's (|z| does not change it)."""
         return self.prototypes(), self.class_mass.new_zeros(self.classes)
 
+    @torch.no_grad()
+    def fold(self) -> nn.Linear:
+        """As `FoldableHead.fold`.
+
+        Raises:
+            InputError: nothing was observed, so that every class would score 0 for every image.
+        """
+        if not self.class_mass.any():
+            raise InputError(
+                "EmbeddingHead.fold: no teacher embedding was observed, so there are no prototypes to classify by; "
+                "call observe(teacher_embedding, labels) first, for every training image"
+            )
+        return super().fold()
+
 
 class ReusedClassifierHead(FoldableHead):
     """SimKD's head: the teacher's own classifier (Chen et al., CVPR 2022).

@@ -1,5 +1,7 @@
 """The heads: class means taken by hand in float64, the teacher's own classifier, and what both fold into."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -48,6 +50,31 @@ def test_class_probabilities_weight_the_means():
     head.observe(embeddings, probabilities)
     expected = F.normalize(probabilities.double().T @ embeddings.double(), dim=1)
     torch.testing.assert_close(head.prototypes(), expected)
+
+
+def test_a_head_that_observed_nothing_folds_into_nothing():
+    with pytest.raises(InputError, match=r"no teacher embedding was observed.*call observe\("):
+        EmbeddingHead(6, 9, 4).fold()
+
+
+def test_the_example_of_the_readme():
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    example = text.split("**From Python:**")[1].split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    labels = torch.arange(2000) % 1000
+    teacher_features = F.one_hot(labels, 1000).float() @ torch.randn(1000, 512)
+    names = {
+        "labels": labels,
+        "teacher_features": teacher_features,
+        "teacher_logits": 9 * F.one_hot(labels, 1000).float(),
+        "student_features": teacher_features + 0.1 * torch.randn(2000, 512),
+    }
+    exec(example, names)
+    head, features = names["head"].eval(), names["student_features"]
+    scores, expected = names["linear"](features), head.classify(head(features))
+    assert head.projector.weight.grad.abs().max() > 0
+    assert expected.abs().max() > 0.1
+    torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fold_is_the_same_classifier(head):
