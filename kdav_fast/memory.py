@@ -1,5 +1,7 @@
 """The queue of teacher features that the auxiliary variable ranges over."""
 
+import math
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -25,7 +27,7 @@ class TeacherMemory(nn.Module):
         dtype: of the stored embeddings and dense posteriors.
 
     Raises:
-        InputError: a size below 1 or an unknown `posterior`.
+        InputError: a size that is no whole number or below 1, an unknown `posterior`, a temperature not above 0.
     """
 
     def __init__(
@@ -41,10 +43,14 @@ class TeacherMemory(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in {"length": length, "width": width, "classes": classes}.items():
+            if not isinstance(value, Integral):
+                raise InputError(f"TeacherMemory: {name} is {value!r}; it must be a whole number")
             if value < 1:
                 raise InputError(f"TeacherMemory: {name} is {value}; it must be at least 1")
         if posterior not in ("dense", "ids"):
             raise InputError(f"TeacherMemory: posterior is {posterior!r}; allowed: 'dense', 'ids'")
+        if not 0 < temperature < math.inf:
+            raise InputError(f"TeacherMemory: temperature is {temperature}; it must be above 0 and finite")
         self.length, self.width, self.classes, self.temperature = length, width, classes, temperature
         # One row more than the ring: rows that must not be remembered are written there, so that a push
         # has fixed shapes and needs no answer from the device.

@@ -1,6 +1,7 @@
 """The public face of the objective: validation, the choice of an implementation, the reduction."""
 
 import inspect
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -86,8 +87,14 @@ def kdav_loss(
         "eps": eps,
     }
     for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be above 0")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be above 0 and finite")
+    for name, value in {
+        "weight_membership": weight_membership,
+        "weight_prediction": weight_prediction,
+    }.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}; it must be at least 0 and finite")
     if reduction not in ("mean", "none", "sum"):
         raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'none', 'sum'")
     if workspace_bytes is not None and not workspace_bytes > 0:

@@ -97,6 +97,11 @@ def test_unusable_sizes_are_named():
         TeacherMemory(0, 4, 3)
     with pytest.raises(InputError, match="posterior is 'soft'; allowed: 'dense', 'ids'"):
         TeacherMemory(4, 4, 3, "soft")
+    with pytest.raises(InputError, match=r"width is 4\.5; it must be a whole number"):
+        TeacherMemory(4, 4.5, 3)
+    for temperature in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(InputError, match=f"temperature is {temperature}; it must be above 0"):
+            TeacherMemory(4, 4, 3, temperature=temperature)
 
 
 def push_on_one_rank(folder):
