@@ -21,6 +21,11 @@ class Target(NamedTuple):
     mixed: Tensor | None = None
     """B x K class shares, where mixup or CutMix made the images."""
 
+    @property
+    def foremost(self) -> Tensor:
+        """B class ids: of a mixed image the class of the largest share, else the label."""
+        return self.labels if self.mixed is None else self.mixed.argmax(1)
+
 
 class Losses(NamedTuple):
     """The loss of a batch and its named parts, each a mean over valid rows."""

@@ -55,7 +55,7 @@ class FirstAnswers:
         if self._first:
             self._first = False
             self._judge(images, answers, target.valid)
-        right = (answers.logits.argmax(1) == target.labels) & target.valid
+        right = (answers.logits.argmax(1) == target.foremost) & target.valid
         self._counts += torch.stack([right.sum(), target.valid.sum()])
         self._classes = answers.logits.shape[1]
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from kdav_fast.distillers import Losses, Target
+from kdav_fast.outputs import best_classes
 from kdav_fast.train.distributed import Cluster
 
 
 def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """How many valid rows have their class first, and among the first five."""
-    first = logits.topk(min(5, logits.shape[1]), dim=1).indices == target[:, None]
-    hits = first & valid[:, None]
+    """How many valid rows have their class first, and among the first five; a row that is not finite has neither."""
+    hits = (best_classes(logits) == target[:, None]) & valid[:, None]
     return hits[:, 0].sum(), hits.sum()
 
 
@@ -43,7 +43,7 @@ class TrainMeter:
     def update(self, logits: Tensor, losses: Losses, target: Target) -> None:
         """Add one batch; asks nothing of the device that it would have to be waited for."""
         images = target.valid.sum()
-        top1, top5 = correct_counts(logits.detach(), target.labels, target.valid)
+        top1, top5 = correct_counts(logits.detach(), target.foremost, target.valid)
         values = {"loss": losses.total.detach(), **losses.parts}
         sums = {name: value.double() * images for name, value in values.items()}
         sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}

@@ -103,6 +103,16 @@ def test_a_teacher_that_guesses_is_told_once(look):
     assert look(answers(8, right=False)) == ""  # too few to tell
 
 
+def test_of_mixed_images_the_class_of_the_largest_share_counts(capsys):
+    features, logits, labels = answers(40, right=False)  # what each image was mixed with, and is more of
+    shares = 0.3 * torch.eye(10)[labels] + 0.7 * logits
+    first = FirstAnswers(None, "weights.pt", start_cluster("cpu"))
+    target = Target(torch.tensor(labels), torch.ones(40, dtype=torch.bool), shares)
+    first.see(torch.zeros(40, 1, 2, 2), Outputs(features, logits), target)
+    first.tell()
+    assert capsys.readouterr().out == ""
+
+
 def test_a_teacher_that_always_answers_the_same(look):
     features, _, labels = answers(40)
     said = look((features, torch.zeros(40, 10), labels))
