@@ -1,5 +1,6 @@
 """Accuracy on the evaluation split, over all ranks, padding excluded."""
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,10 @@ class Accuracy(NamedTuple):
         return {f"val/{name}": value for name, value in self._asdict().items()}
 
     def __str__(self) -> str:
-        return f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}, {self.images} images"
+        text = f"top-1 {self.top1:.2f} %, top-5 {self.top5:.2f} %, loss {self.loss:.4f}, {self.images} images"
+        return (
+            text if math.isfinite(self.loss) else f"{text}; where scores are not finite, they count as wrong"
+        )
 
 
 @torch.no_grad()

@@ -17,3 +17,9 @@ class Outputs(NamedTuple):
     """Class scores, B x K."""
     embedding: Tensor | None = None
     """Features in the teacher's space, B x d, where the student has an embedding head."""
+
+
+def best_classes(logits: Tensor, count: int = 5) -> Tensor:
+    """Of B x K logits the classes that score highest, B x count (or x K), best first; -1 in rows not finite."""
+    best = logits.topk(min(count, logits.shape[1]), dim=1).indices
+    return best.where(logits.isfinite().all(1, keepdim=True), -1)

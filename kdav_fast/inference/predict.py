@@ -210,6 +210,8 @@ def _asker(trained: Trained, config: Config) -> Callable[[_Files], Tensor]:
 def _prediction(image: str, answer: Tensor | str, trained: Trained, top: int) -> Prediction:
     if isinstance(answer, str):
         return Prediction(image, problem=answer)
+    if not answer.isfinite().all():
+        return Prediction(image, problem="its class scores are not finite")
     probabilities = None if trained.card.distiller == "kdav" else answer.softmax(0)
     scores, best = answer.topk(min(top, len(answer)))
     return Prediction(

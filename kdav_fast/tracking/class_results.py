@@ -82,7 +82,9 @@ class ClassTally:
         """Add a batch: B x K scores, B class ids, and which of the B rows count."""
         import torch
 
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        from kdav_fast.outputs import best_classes
+
+        best = best_classes(logits)
         among_five = (best == target[:, None]).any(1)
         self._rows.append(torch.stack([target, best[:, 0], among_five.long(), valid.long()]))
 
@@ -94,13 +96,13 @@ class ClassTally:
         target, answer, among_five, valid = np.concatenate(cluster.gather(rows), axis=1)
         target, answer, among_five = (row[valid == 1] for row in (target, answer, among_five))
         count = lambda chosen: tuple(np.bincount(chosen, minlength=len(classes)).tolist())  # noqa: E731
-        wrong = answer != target
+        right, wrong = answer == target, (answer != target) & (answer >= 0)
         pairs, times = np.unique(np.stack([target[wrong], answer[wrong]]), axis=1, return_counts=True)
         order = np.argsort(-times, kind="stable")[:_KEPT_PAIRS]
         return ClassResults(
             classes,
             count(target),
-            count(target[~wrong]),
+            count(target[right]),
             count(target[among_five == 1]),
             tuple((classes[pairs[0, i]], classes[pairs[1, i]], int(times[i])) for i in order),
         )

@@ -102,6 +102,17 @@ def test_an_image_that_only_the_decoder_refuses_costs_no_other(teacher_run, pict
     assert sum(bool(one.guesses) for one in found) == 3
 
 
+def test_scores_that_are_not_finite_are_no_answer(teacher_run, pictures, tmp_path, capsys):
+    student, card = read_student(teacher_run)
+    weights = student.weights() | {"fc.weight": torch.full_like(student.weights()["fc.weight"], 3e38)}
+    write_student(tmp_path / "wild.safetensors", weights, card)
+    code, output, _ = run(capsys, tmp_path / "wild.safetensors", pictures / "wide.jpg", "device=cpu")
+    assert (code, output.strip()) == (2, f"{pictures / 'wide.jpg'}: its class scores are not finite")
+    accuracy = evaluate_file(tmp_path / "wild.safetensors", ["device=cpu"])
+    assert accuracy.top1 == accuracy.top5 == 0
+    assert "where scores are not finite, they count as wrong" in str(accuracy)
+
+
 def test_kdavs_scores_are_not_sold_as_probabilities(teacher_run, pictures, tmp_path, capsys):
     student, card = read_student(teacher_run)
     path = tmp_path / "kdav.safetensors"

@@ -11,6 +11,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.report import write_report
 from kdav_fast.tracking.class_results import ClassTally, read_class_results, write_class_results
 from kdav_fast.train.distributed import Cluster
+from kdav_fast.train.meter import correct_counts
 
 ALONE = Cluster(0, 1, 0, 1, torch.device("cpu"))
 
@@ -29,6 +30,18 @@ def tallied(classes: int, images: int, absent: int = 0, seed: int = 0):
         tally.update(part, target, torch.arange(7) < 7 - missing)
     names = tuple(f"class {n}" for n in range(classes))
     return tally.results(names, ALONE), labels, scores
+
+
+def test_scores_that_are_not_finite_are_wrong_and_no_confusion():
+    scores = torch.eye(3)[[0, 0, 1, 2]]
+    scores[0, 2], scores[2] = math.nan, math.inf
+    target, valid = torch.tensor([0, 0, 1, 0]), torch.ones(4, dtype=torch.bool)
+    tally = ClassTally()
+    tally.update(scores, target, valid)
+    results = tally.results(("a", "b", "c"), ALONE)
+    assert (results.images, results.first, results.among_five) == ((3, 1, 0), (1, 0, 0), (2, 0, 0))
+    assert results.confused == (("a", "c", 1),)
+    assert [int(count) for count in correct_counts(scores, target, valid)] == [1, 2]
 
 
 def test_counts_are_those_of_a_plain_count():

@@ -67,6 +67,14 @@ def test_both_mixings_take_turns():
     assert kinds == {True, False}
 
 
+def test_meter_counts_a_mixed_image_for_the_class_of_the_largest_share():
+    meter = TrainMeter(ALONE)
+    shares = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
+    target = Target(torch.tensor([0, 0]), torch.tensor([True, True]), shares)
+    meter.update(shares, Losses(torch.tensor(0.0), {}), target)
+    assert meter.read()["train/top1"] == 100
+
+
 def test_meter_means_over_valid_images():
     meter = TrainMeter(ALONE)
     valid = torch.tensor([True, True, False])
