@@ -1,5 +1,6 @@
 """What every section of the config is made of."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +17,22 @@ def _named(path: Any) -> Any:
 
 def _expanded(path: Path) -> Path:
     try:
-        return path.expanduser()
+        path = path.expanduser()
+        names = [len(os.fsencode(name)) for name in path.parts]
     except RuntimeError:
         raise ValueError("it has no known home directory; write the path out") from None
+    except UnicodeEncodeError:  # half of a pair of UTF-16, as YAML's \\u may give it
+        raise ValueError("a path holds no such character") from None
+    if max(names, default=0) > 255 or sum(names) + len(names) > 4095:
+        raise ValueError("no file system takes so long a path; shorten it")
+    return path
+
+
+def _beta(parameter: float) -> float:
+    # Beyond these, float32 draws from another distribution or from none.
+    if parameter != 0 and not 0.01 <= parameter <= 1e6:
+        raise ValueError("give 0, which is off, or 0.01 to 1000000")
+    return parameter
 
 
 # YAML knows neither tuples nor paths: these two are made from lists and strings, all else is as given.
@@ -28,6 +42,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+BetaParameter = Annotated[float, AfterValidator(_beta)]
+"""Of the symmetric beta distribution; 0 where it is off."""
 ExpandedPath = Annotated[Path, Lenient, BeforeValidator(_named), AfterValidator(_expanded)]
 Range = Annotated[tuple[Positive, Positive], Lenient]
 

@@ -4,7 +4,16 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from kdav_fast.config.section import Count, ExpandedPath, Fraction, Lenient, NonNegative, Positive, Section
+from kdav_fast.config.section import (
+    BetaParameter,
+    Count,
+    ExpandedPath,
+    Fraction,
+    Lenient,
+    NonNegative,
+    Positive,
+    Section,
+)
 
 
 class OptimizerConfig(Section):
@@ -89,10 +98,10 @@ class TrainConfig(Section):
     clip_grad_norm: NonNegative = 0.0
     """0: off."""
     label_smoothing: Fraction = 0.0
-    mixup: NonNegative = 0.0
-    """Beta parameter; 0: off."""
-    cutmix: NonNegative = 0.0
-    """Beta parameter; 0: off. With both on, each batch takes one of them by a coin flip."""
+    mixup: BetaParameter = 0.0
+    """Beta parameter, 0.01 to 1e6; 0: off."""
+    cutmix: BetaParameter = 0.0
+    """As `mixup`. With both on, each batch takes one of them by a coin flip."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Evaluate and save an exponential moving average of the weights; 0: off."""
     log_every: Count = 50

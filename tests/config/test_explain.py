@@ -62,6 +62,14 @@ WRONG = {
     "run_dir: ''": "'run_dir' is ''; give a path, '.' for this folder",
     "run_dir: ~nobody-has-this-name/x": "is '~nobody-has-this-name/x'; it has no known home directory",
     'data: {root: "a\\0b"}': "'data.root' is 'a\\x00b'; a path holds no such character",
+    f"run_dir: {'x' * 256}": "no file system takes so long a path; shorten it",
+    f"data: {{root: {'x/' * 2048}}}": "no file system takes so long a path; shorten it",
+    'run_dir: "a\\ud800b"': "a path holds no such character",
+    # what float32 cannot draw
+    "train: {mixup: 1e-300}": "'train.mixup' is 1e-300; give 0, which is off, or 0.01 to 1000000",
+    "train: {cutmix: 1e300}": "'train.cutmix' is 1e+300; give 0, which is off, or 0.01 to 1000000",
+    "train: {cutmix: -1}": "'train.cutmix' is -1; give 0, which is off, or 0.01 to 1000000",
+    "train: {mixup: .nan}": "'train.mixup' is nan; ",
     # whole files
     "": "is empty; give it keys and values, or {} for the defaults",
     "# later\n---\n": "is empty; give it keys and values, or {} for the defaults",
