@@ -90,16 +90,22 @@ def _with_sorted_metadata(content: bytes) -> bytes:
     return len(text).to_bytes(8, "little") + text + content[end:]
 
 
-def read_card(metadata: dict[str, str]) -> StudentCard | None:
-    """The card in a file's metadata; None for a file that this program did not write."""
+def read_card(metadata: dict[str, str], file: Path | str = "the file") -> StudentCard | None:
+    """The card in the metadata of `file`; None for a file that this program did not write.
+
+    Raises:
+        InputError: it is damaged, or of a version with other keys.
+    """
     if CARD_KEY not in metadata:
         return None
     try:
         return StudentCard.model_validate_json(metadata[CARD_KEY])
     except ValidationError as error:
-        reason = " ".join(str(error).split())
+        first = error.errors(include_url=False, include_input=False)[0]
+        reason = " ".join(f"{'.'.join(map(str, first['loc']))} {first['msg']}".split())
         raise InputError(
-            f"the file's '{CARD_KEY}' metadata is damaged or of another version: {reason}"
+            f"{file}: its '{CARD_KEY}' metadata is damaged or of another version ({reason}); export it again, or give "
+            "another file"
         ) from None
 
 
@@ -141,13 +147,11 @@ def read_file_card(file: Path) -> StudentCard:
     """
     try:
         with safe_open(file, framework="pt") as content:
-            card = read_card(dict(content.metadata() or {}))
+            card = read_card(dict(content.metadata() or {}), file)
     except (SafetensorError, OSError) as error:
         raise InputError(
             f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); copy it again"
         ) from None
-    except InputError as error:
-        raise InputError(f"{file}: {error}") from None
     if card is None:
         raise _without_card(file)
     return card
@@ -171,7 +175,7 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
     """
     file = find_student_file(path)
     weights, metadata = load_weights(file)
-    card = read_card(metadata)
+    card = read_card(metadata, file)
     if card is None:
         raise _without_card(file)
     network = build_classifier(
@@ -205,7 +209,7 @@ def read_stock_weights(path: Path) -> tuple[dict[str, Tensor], StudentCard | Non
     """
     file = find_student_file(path)
     weights, metadata = load_weights(file)
-    card = read_card(metadata)
+    card = read_card(metadata, file)
     if card is not None and any(name.startswith(HEAD_PREFIX) for name in weights):
         student, card = read_student(file)
         return student.deployed(), card

@@ -1,8 +1,11 @@
+import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from kdav_fast.config import DataConfig
-from kdav_fast.student_file import StudentCard, read_card, write_student
+from kdav_fast.errors import InputError
+from kdav_fast.student_file import StudentCard, read_card, read_file_card, read_stock_weights, write_student
 
 CARD = StudentCard(
     name="cifar:resnet8",
@@ -37,3 +40,17 @@ def test_other_readers_find_weights_and_card(tmp_path):
         metadata = stored.metadata()
     assert metadata["format"] == "pt"
     assert read_card(metadata) == CARD
+
+
+@pytest.mark.parametrize("text", ["", '{"a":', "[]", "[" * 100_000, "{}", CARD.model_dump_json()[:-2]])
+@pytest.mark.parametrize("read", [read_file_card, read_stock_weights])
+def test_a_damaged_card_is_told_in_one_short_line_with_the_file(tmp_path, text, read):
+    file = tmp_path / "student.safetensors"
+    save_file(WEIGHTS, file, {"kdav_fast": text})
+    with pytest.raises(InputError) as error:
+        read(file)
+    message = str(error.value)
+    assert message.startswith(f"{file}: its 'kdav_fast' metadata is damaged or of another version (")
+    assert message.endswith("); export it again, or give another file")
+    assert message.count(str(file)) == 1
+    assert "http" not in message

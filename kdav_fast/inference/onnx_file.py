@@ -135,10 +135,7 @@ def read_onnx(path: Path) -> tuple[OnnxStudent, StudentCard]:
             f"{path} is no ONNX file that onnxruntime can read ({_one_line(error)}); copy it again, with the file "
             "of its weights if it has one, or export it again"
         ) from None
-    try:
-        card = read_card(metadata)
-    except InputError as error:
-        raise InputError(f"{path}: {error}; export it again") from None
+    card = read_card(metadata, path)
     if card is None:
         raise InputError(
             f"{path} carries no '{CARD_KEY}' metadata, so its classes and the normalisation of its input are unknown; "
