@@ -124,9 +124,12 @@ class ImageClassifier(nn.Module):
         if differences:
             shown = ", ".join(list(differences.values())[:3])
             more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
+            tensors = len(
+                self.stock_state_dict().keys() | differences.keys()
+            )  # its own, and those it has not
             raise InputError(
                 f"the weights do not fit {self.name} with {self.classes} classes and width {self.width:g}: "
-                f"{shown}{more} ({len(differences)} of {len(self.stock_state_dict())} tensors differ); give weights of "
+                f"{shown}{more} ({len(differences)} of {tensors} tensors differ); give weights of "
                 "this architecture or change its name, arguments, width or classes"
             )
         own = set()

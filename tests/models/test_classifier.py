@@ -178,6 +178,14 @@ def test_a_copy_is_whole():
     assert torch.equal(copy.deepcopy(model)(images).logits, model(images).logits)
 
 
+def test_weights_of_another_architecture():
+    model, other = build_classifier("cifar:resnet8", 10), build_stock("cifar:vgg8", 10).state_dict()
+    own = model.stock_state_dict()
+    fit = sum(name in own and own[name].shape == tensor.shape for name, tensor in other.items())
+    tensors = len(own.keys() | other.keys())
+    assert f"({tensors - fit} of {tensors} tensors differ)" in refusal(model.load_stock_state_dict, other)
+
+
 def test_weights_of_another_width():
     model = build_classifier("cifar:resnet8", 10)
     before = {name: tensor.clone() for name, tensor in model.stock_state_dict().items()}
