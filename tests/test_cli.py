@@ -226,7 +226,13 @@ def test_evaluate_refuses_what_has_no_effect(teacher_run, capsys, override, mess
 
 
 def test_evaluate_heeds_what_has_an_effect(teacher_run, capsys):
-    overrides = ["device=cpu", "train.batch_size=100", "train.precision=bf16", "data.workers=1"]
+    overrides = [
+        "device=cpu",
+        "train.batch_size=100",
+        "train.precision=bf16",
+        "data.workers=1",
+        "data.check=ends",
+    ]
     assert main(["evaluate", str(teacher_run), "--json", *overrides, "data.layout=contiguous"]) == 0
     assert json.loads(capsys.readouterr().out)["images"] == 900
 

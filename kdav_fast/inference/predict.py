@@ -148,8 +148,9 @@ def _answers(
     ask: Callable[[_Files], Tensor], images: _Files, found: list[Prediction], config: Config
 ) -> Iterator[tuple[int, Tensor | str]]:
     """K scores of each image, or why there are none, in order."""
-    # All of each image, as before a run: a decoder may make pixels of a damaged one and say nothing.
-    look = partial(examine, images, max_pixels=config.data.max_pixels, decode=True)
+    # By default all of each image, as before a run: a decoder may make pixels of a damaged one and say nothing.
+    decode = config.data.check == "decode"
+    look = partial(examine, images, max_pixels=config.data.max_pixels, decode=decode)
     threads = config.data.workers or len(os.sched_getaffinity(0))
     problems = [
         known.problem or finding.defect

@@ -17,7 +17,10 @@ from kdav_fast.train.precision import autocast_dtype, check_image_dtype, has_bf1
 EFFECTIVE = frozenset(
     {"device", "train.batch_size", "train.precision"}
     | {f"data.{key}" for key in ("name", "root", "download", "val_labels", "skip_list", "max_pixels")}
-    | {f"data.{key}" for key in ("loader", "decode", "hw_decoder_load", "workers", "dtype", "layout")}
+    | {
+        f"data.{key}"
+        for key in ("loader", "decode", "hw_decoder_load", "workers", "check", "dtype", "layout")
+    }
     | {
         f"data.{key}" for key in ("image_size", "eval_resize", "crop")
     }  # the default of eval_resize follows crop
