@@ -143,7 +143,11 @@ def _parser() -> argparse.ArgumentParser:
 
     def add_overrides(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="config keys, such as train.epochs=3"
+            "overrides",
+            nargs="*",
+            default=[],
+            metavar="key=value",
+            help="config keys, such as train.epochs=3",
         )
 
     for name, command, summary in (

@@ -306,3 +306,10 @@ def test_help_and_bad_configs_do_not_load_torch():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 2, result.stderr
+
+
+@pytest.mark.parametrize("command", [["evaluate"], ["distill"], ["data", "check"]])
+def test_only_what_must_be_given_is_asked_for(capsys, command):
+    message = fails(capsys, *command)
+    assert "arguments are required" in message
+    assert "key=value" not in message
