@@ -89,7 +89,9 @@ def try_network(name: str, most_parameters: float) -> Row:
     )
     if network.classifier:
         try:
-            Student(network, EmbeddingHead(network.feature_width, 5, CLASSES)).deployed()
+            head = EmbeddingHead(network.feature_width, 5, CLASSES)
+            head.observe(torch.randn(CLASSES, 5), torch.arange(CLASSES))
+            Student(network, head).deployed()
             student = "all"
         except InputError as error:
             why = str(error)

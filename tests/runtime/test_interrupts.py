@@ -28,6 +28,8 @@ def start(program: str, *prefix: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # The tests themselves may run under nohup, which every process would inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     assert process.stdout.readline() == "ready\n", process.communicate()
     return process
