@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import scale_curves
 import scale_model
 
 from tests.benchmark_scripts import completed, refusal
@@ -188,3 +189,10 @@ def test_ends_with_one_line_where_it_cannot_measure(tmp_path, monkeypatch, capsy
 if __name__ == "__main__":
     sys.path.append(str(BENCHMARKS))
     step_on_two_ranks(Path(sys.argv[1]))
+
+
+def test_facts_of_the_imagenet_recipe():
+    """Against published counts: ResNet-18's 11,689,512 parameters with the head in place of its classifier."""
+    facts = scale_curves.imagenet_facts()
+    assert facts["parameters"] == 11_689_512 - (512 + 1) * 1000 + 512 * 512 + 2 * 512
+    assert facts["teacher_flops"] == pytest.approx(2 * 3.66e9, rel=0.01)  # torchvision: 3.66 GMAC
