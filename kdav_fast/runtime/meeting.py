@@ -187,8 +187,8 @@ def gather_all(
     names: dict[int, str] = {}
     own = (look(store, f"name {rank}"), facts)
     while True:
-        if look(store, cause):
-            raise RankLostError("another process cannot begin")
+        if left := look(store, cause):
+            raise RankLostError(left)
         if rank == 0:
             here = [r for r in range(world) if r not in names and look(store, f"facts {r}")]
             for other in here:

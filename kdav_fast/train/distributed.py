@@ -171,8 +171,6 @@ def start_cluster(
                 world_size=world,
                 timeout=timedelta(seconds=comm_timeout),
             )
-            # Otherwise gloo's threads may abort the interpreter's exit and spoil the exit code.
-            atexit.register(dist.destroy_process_group)
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Cluster(rank, world, local_rank, local_world, place, control, liveness)
 
@@ -180,6 +178,8 @@ def start_cluster(
 def _liveness(rank: int, world: int, timeout: float, patience: float = 10.0) -> Liveness:
     global _meeting
     if world > 1 and _meeting is None:
+        # Run after what `Liveness` registers: of a group with a lost process, it would wait for hours.
+        atexit.register(_leave_group)
         _meeting = Meeting(rank, world, timeout)
     return Liveness(rank, world, _meeting, silence=timeout, patience=patience)
 
@@ -190,6 +190,12 @@ def _place() -> tuple[int, int]:
     if rank >= world:
         raise InputError(f"RANK is {rank} and WORLD_SIZE is {world}; ranks are 0 to WORLD_SIZE - 1")
     return rank, world
+
+
+def _leave_group() -> None:
+    """Otherwise gloo's threads may abort the interpreter's exit and spoil the exit code."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _number(name: str, default: int) -> int:

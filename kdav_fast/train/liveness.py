@@ -292,7 +292,8 @@ class Liveness:
         deadline = time.monotonic() + self._patience
         while time.monotonic() < deadline:
             entries = {name: look(self._store, str(rank)) for rank, name in enumerate(self._names)}
-            if all(entry == _LEFT.decode() or name in cause for name, entry in entries.items()):
+            lost = [] if cause.startswith(_INPUT) else [name for name in self._names if name in cause]
+            if all(entry == _LEFT.decode() or name in lost for name, entry in entries.items()):
                 return
             time.sleep(self._beat / 10)
 

@@ -85,6 +85,10 @@ class Fork:
         out, err = (file.read_text() if file.exists() else "" for file in self._files)
         return out, err
 
+    def output_so_far(self) -> str:
+        """Of a process that still runs."""
+        return self._files[0].read_text() if self._files[0].exists() else ""
+
 
 @functools.cache
 def _fork_server() -> multiprocessing.context.ForkServerContext:

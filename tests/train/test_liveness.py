@@ -37,6 +37,7 @@ WATCHDOG = 120
 def run_rank(fault: str, faulty: int) -> None:
     """What one process does: reduce until something happens."""
     rank = int(os.environ["RANK"])
+    atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # run last, as in a run
     meeting = Meeting(rank, WORLD, MEETING)
     liveness = Liveness(rank, WORLD, meeting, silence=2 * COLLECTIVES.seconds, beat=BEAT, patience=PATIENCE)
     votes = []
@@ -45,7 +46,6 @@ def run_rank(fault: str, faulty: int) -> None:
             sys.exit()
         store = liveness.meet({"lr": "0.5" if fault == "unlike" and rank == faulty else "0.1"}, MEETING)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=COLLECTIVES)
-        atexit.register(dist.destroy_process_group)
         patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         for step in itertools.count():
             if step == 10 and fault == "kill":

@@ -1,0 +1,40 @@
+"""A program: a rank of a run that freezes or dies at a moment. python freeze_at.py CONFIG RANK MOMENT SIGNAL"""
+
+import os
+import sys
+from typing import Any
+
+from kdav_fast.cli import main
+from kdav_fast.train import checkpoint_folders, loop, setup
+from kdav_fast.train.engine import StudentEngine
+
+MOMENTS: dict[str, tuple[Any, str]] = {
+    "looking at the images": (setup, "same_images"),
+    "building loaders": (setup, "build_loaders"),
+    "starting DeepSpeed": (StudentEngine, "_initialize"),
+    "restoring": (loop, "restore_checkpoint"),
+    "measuring": (loop, "measure_teacher"),
+    "gathering weights": (loop, "begin_checkpoint"),
+    "writing its files": (checkpoint_folders, "_write_all"),
+    "evaluating": (loop, "evaluate_student"),
+    "writing results": (loop, "write_results"),
+}
+
+
+def strike_at(moment: str, number: int) -> None:
+    owner, name = MOMENTS[moment]
+    original = getattr(owner, name)
+
+    def struck(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return original(*arguments, **options)
+
+    setattr(owner, name, struck)
+
+
+if __name__ == "__main__":
+    config, rank, moment, number = sys.argv[1:]
+    if os.environ["RANK"] == rank:
+        strike_at(moment, int(number))
+    sys.argv = ["kdav", "distill", config]
+    sys.exit(main())
