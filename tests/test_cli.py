@@ -210,7 +210,10 @@ def test_checkpoint_of_another_architecture(config, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer.lr=1", "optimizer.lr has no effect on an evaluation; these have: data.crop, "),
+        (
+            "optimizer.lr=1",
+            "optimizer.lr has no effect on an evaluation; these have: data.check, data.crop, ",
+        ),
         ("model.name=cifar:resnet14", "model.name has no effect"),
         ("train={batch_size: 4, epochs: 2}", "train.epochs has no effect"),
         ("data.train_subset=3", "data.train_subset has no effect"),
