@@ -26,7 +26,7 @@ def main(config: Path) -> None:
 
 
 def five_steps() -> tuple[int, list[str]]:
-    """Of training, after a first one: pages fetched, losses."""
+    """Of training, after a few in which the heap grows to what a step needs: pages fetched, losses."""
     torch.manual_seed(0)
     network = build_classifier("cifar:resnet8", 10, width=0.5)
     optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9)
@@ -39,7 +39,8 @@ def five_steps() -> tuple[int, list[str]]:
         optimizer.zero_grad()
         return loss.item().hex()
 
-    step()
+    for _ in range(4):
+        step()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     losses = [step() for _ in range(5)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, losses
@@ -54,7 +55,7 @@ def test_a_run_fetches_pages_once_unless_told_not_to(small_config, tmp_path, mon
     file.write_text(dump_config(small_config(tmp_path / "run", train={"keep_freed_memory": wanted})))
     [text] = processes.run([__file__, str(file)], 1)
     (without, plain), (fetched, losses) = json.loads(text.splitlines()[-1])
-    assert (5 * fetched < without) == wanted
+    assert (2 * fetched < without) == wanted
     assert losses == plain
 
 
