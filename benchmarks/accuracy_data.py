@@ -13,10 +13,10 @@ from kdav_fast.config import Config
 from kdav_fast.data import Images, decode_images, open_images
 from kdav_fast.data.image_set import ImageSet, take_subset
 from kdav_fast.models import Normalization, renormalization
-from kdav_fast.outputs import Outputs
-from kdav_fast.student_file import find_student_file
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.file import find_student_file
+from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.train.setup import build_network
-from kdav_fast.train.teacher import FrozenTeacher
 
 HELD_OUT = 10_000
 """At most so many training images that no student is trained on; settings are chosen by them."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from kdav_fast.config import DistillerConfig, ModelConfig, OptimizerConfig, ScheduleConfig
 from kdav_fast.distillers import Distiller, Target, build_distiller
 from kdav_fast.models import build_classifier
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.runtime.host_memory import keep_freed_memory
 from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
-from kdav_fast.student import Student
-from kdav_fast.train.host_memory import keep_freed_memory
+from kdav_fast.student.student import Student
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.schedule import lr_factor
 

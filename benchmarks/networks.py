@@ -24,11 +24,11 @@ from networks_page import networks_page
 from tqdm import tqdm
 
 from kdav_fast.errors import InputError
-from kdav_fast.head import EmbeddingHead
 from kdav_fast.models import ImageClassifier, build_classifier
 from kdav_fast.models.arguments import sketch
 from kdav_fast.models.stock import build_stock
-from kdav_fast.student import Student
+from kdav_fast.student.heads import EmbeddingHead
+from kdav_fast.student.student import Student
 
 DOCS = Path(__file__).parents[1] / "docs"
 CLASSES = 7

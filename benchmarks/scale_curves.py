@@ -9,9 +9,9 @@ from scale_model import GpuCluster, Link, curve, predict, ring_seconds, step_col
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdav_fast.errors import InputError
-from kdav_fast.head import EmbeddingHead
 from kdav_fast.models import build_classifier
-from kdav_fast.student import Student
+from kdav_fast.student.heads import EmbeddingHead
+from kdav_fast.student.student import Student
 
 WORLDS = [2**power for power in range(11)]
 BATCH, CLASSES = 256, 1000

@@ -19,10 +19,10 @@ import torch.distributed as dist
 
 from kdav_fast.config import load_config
 from kdav_fast.data import Batch
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
+from kdav_fast.runtime.stopping import StopRequest
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.step import PHASES, take_step
-from kdav_fast.train.stopping import StopRequest
 
 
 class Process:

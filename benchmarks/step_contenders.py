@@ -21,8 +21,8 @@ from torch import Tensor
 
 from kdav_fast.config import Config, NoDistiller
 from kdav_fast.data import Batch, Images, build_loaders
-from kdav_fast.train.distributed import Cluster
-from kdav_fast.train.meter import TrainMeter
+from kdav_fast.runtime.processes import Cluster
+from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.step import take_step
 

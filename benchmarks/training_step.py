@@ -56,7 +56,7 @@ from timm_peer import PEERS, run_peer, why_not
 
 from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.train.step import PHASES
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy")

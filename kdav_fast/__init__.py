@@ -6,8 +6,8 @@ _HOMES = {
     "kdav_loss": "kdav_fast.kernels",
     "KDAVLoss": "kdav_fast.kernels",
     "KDAVResult": "kdav_fast.kernels",
-    "TeacherMemory": "kdav_fast.memory",
-    "EmbeddingHead": "kdav_fast.head",
+    "TeacherMemory": "kdav_fast.distillers.memories.ring",
+    "EmbeddingHead": "kdav_fast.student.heads",
 }
 
 __all__ = sorted(_HOMES)

@@ -71,7 +71,7 @@ def _command(arguments: list[str], interrupts: Interrupts) -> int:
         if first:  # every rank has the same error; one line is enough
             print(f"kdav: error: {error}", file=sys.stderr, flush=True)
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            from kdav_fast.train.distributed import tell_the_others
+            from kdav_fast.runtime.processes import tell_the_others
 
             tell_the_others(error)
             if not first and not error.told:
@@ -232,7 +232,7 @@ def _run(config: "Config", options: argparse.Namespace) -> int:
 
         check_training(config, options.extend)
         return 0
-    from kdav_fast.train.distributed import say
+    from kdav_fast.runtime.processes import say
     from kdav_fast.train.loop import run_training
 
     accuracy = run_training(config, options.extend)
@@ -262,7 +262,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from kdav_fast.evaluate import evaluate_trained
+    from kdav_fast.inference.evaluate import evaluate_trained
     from kdav_fast.inference.trained import open_trained
 
     trained = open_trained(options.source)
@@ -307,7 +307,7 @@ def _predict(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from kdav_fast.export import export
+    from kdav_fast.student.export import export
 
     written = export(options.source, options.output, options.format)
     said = f"wrote {written.output}"
@@ -321,7 +321,7 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from kdav_fast.report import write_report
+    from kdav_fast.tracking.report import write_report
 
     output = options.output or options.runs[0] / "report"
     page = write_report(
@@ -334,8 +334,8 @@ def _report(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from kdav_fast.doctor import diagnose, diagnosis_json, print_diagnosis
-    from kdav_fast.loss_choice import loss_finding, parse_loss_shape
+    from kdav_fast.doctor.loss_choice import loss_finding, parse_loss_shape
+    from kdav_fast.doctor.machine import diagnose, diagnosis_json, print_diagnosis
 
     shape = parse_loss_shape(options.loss_shape)
     findings = [*diagnose(), loss_finding(shape, options.loss_dtype, options.posterior)]

@@ -7,13 +7,13 @@ from rich.console import Console
 from rich.table import Table
 
 from kdav_fast.config import Config, parse_config
-from kdav_fast.evaluate import Accuracy, evaluate_file
-from kdav_fast.export import export_safetensors
-from kdav_fast.report import write_report
+from kdav_fast.inference.evaluate import Accuracy, evaluate_file
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.run_lock import RunLock
+from kdav_fast.runtime.stopping import STOPPED
+from kdav_fast.student.export import export_safetensors
+from kdav_fast.tracking.report import write_report
 from kdav_fast.train.loop import run_training
-from kdav_fast.train.stopping import STOPPED
 
 _COMMON: dict[str, Any] = {
     "data": {"name": "digits", "image_size": 16, "crop": "none", "flip": False},

@@ -20,8 +20,8 @@ import torch
 
 from kdav_fast.config import Config, load_config
 from kdav_fast.data.sources.digits import prepare_digits
-from kdav_fast.metrics_log import read_metrics
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.setup import set_up
 

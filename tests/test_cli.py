@@ -13,8 +13,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from kdav_fast import evaluate
 from kdav_fast.cli import main
+from kdav_fast.inference import evaluate
 
 SMALL = [
     "device=cpu",

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.head import FoldableHead
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.heads import FoldableHead
 
 
 class Target(NamedTuple):

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid, widened
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
 
 
 def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -4,10 +4,10 @@ import torch
 
 from kdav_fast.config import KDAVConfig
 from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid
-from kdav_fast.head import EmbeddingHead
+from kdav_fast.distillers.memories.ring import TeacherMemory
 from kdav_fast.kernels import KDAVLoss
-from kdav_fast.memory import TeacherMemory
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.heads import EmbeddingHead
 
 
 class KDAVDistiller(Distiller):

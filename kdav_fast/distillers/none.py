@@ -1,7 +1,7 @@
 """Labels only: the plain training that every method is compared with, and that makes a teacher."""
 
 from kdav_fast.distillers.base import Distiller, Losses, Target, label_loss, mean_over_valid
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
 
 
 class LabelsOnly(Distiller):

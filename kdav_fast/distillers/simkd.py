@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from kdav_fast.config import SimKDConfig
 from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid, widened
 from kdav_fast.distillers.kd import soft_target_kl
-from kdav_fast.head import ReusedClassifierHead
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.heads import ReusedClassifierHead
 
 
 def feature_mse(student_embedding: Tensor, teacher_features: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from kdav_fast.data.preprocessing import evaluation_preprocessing
 from kdav_fast.errors import InputError
-from kdav_fast.outputs import Outputs
-from kdav_fast.student_file import CARD_KEY, StudentCard, read_card
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.file import CARD_KEY, StudentCard, read_card
 
 _GPU = "CUDAExecutionProvider"
 REMEDY = "install it with: pip install 'kdav_fast[onnx]'"

@@ -19,7 +19,7 @@ from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import IMAGE_SUFFIXES, ImageFolder
 from kdav_fast.errors import InputError
 from kdav_fast.inference.trained import Trained, inference_config, start_inference
-from kdav_fast.train.precision import autocast
+from kdav_fast.runtime.precision import autocast
 
 # Images whose decoding is begun together: where one fails, no more than these are decoded again.
 _TOGETHER = 2048

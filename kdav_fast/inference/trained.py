@@ -10,9 +10,9 @@ from kdav_fast.config import Config, DataConfig, apply_overrides, flat, known_ke
 from kdav_fast.errors import InputError
 from kdav_fast.inference.onnx_file import OnnxStudent, is_onnx, read_onnx
 from kdav_fast.runtime.memory_format import set_layout
-from kdav_fast.student_file import StudentCard, find_student_file, read_student
-from kdav_fast.train.distributed import Cluster, start_cluster
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype, has_bf16, resolve_precision
+from kdav_fast.runtime.precision import autocast_dtype, check_image_dtype, has_bf16, resolve_precision
+from kdav_fast.runtime.processes import Cluster, start_cluster
+from kdav_fast.student.file import StudentCard, find_student_file, read_student
 
 EFFECTIVE = frozenset(
     {"device", "train.batch_size", "train.precision"}

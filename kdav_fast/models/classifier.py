@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kdav_fast.errors import InputError
 from kdav_fast.models.heads import Features, LinearHeads, as_linear, class_scores, take_heads
 from kdav_fast.models.normalization import Normalization
+from kdav_fast.models.outputs import Outputs
 from kdav_fast.models.stock import Facts, find_stock
-from kdav_fast.outputs import Outputs
 
 __all__ = ["ImageClassifier", "build_classifier"]
 

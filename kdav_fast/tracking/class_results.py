@@ -17,7 +17,7 @@ from kdav_fast.runtime.json_text import json_text
 if TYPE_CHECKING:  # a report reads results without waiting for torch
     from torch import Tensor
 
-    from kdav_fast.train.distributed import Cluster
+    from kdav_fast.runtime.processes import Cluster
 
 FILE_NAME = "per_class.json"
 _KEPT_PAIRS = 100
@@ -82,7 +82,7 @@ class ClassTally:
         """Add a batch: B x K scores, B class ids, and which of the B rows count."""
         import torch
 
-        from kdav_fast.outputs import best_classes
+        from kdav_fast.models.outputs import best_classes
 
         best = best_classes(logits)
         among_five = (best == target[:, None]).any(1)

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.config import Config
 from kdav_fast.errors import InputError
-from kdav_fast.student_file import CHECKPOINTS
-from kdav_fast.train.checkpoint import restore_checkpoint
-from kdav_fast.train.checkpoint_folders import CheckpointFolders
-from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.runtime.processes import Cluster, start_cluster
+from kdav_fast.student.file import CHECKPOINTS
+from kdav_fast.train.checkpoints import restore_checkpoint
 from kdav_fast.train.extension import extension_line, is_complete
 from kdav_fast.train.loop import prepare
 from kdav_fast.train.run_folder import config_facts

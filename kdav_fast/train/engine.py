@@ -13,10 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.runtime.precision import LossScale
+from kdav_fast.runtime.processes import Cluster
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
-from kdav_fast.train.distributed import Cluster
-from kdav_fast.train.precision import LossScale
 
 
 def _import_deepspeed(device: torch.device):

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from kdav_fast.checkpoint_manifest import step_of
+from kdav_fast.checkpoint.folders import checkpoint_folders
+from kdav_fast.checkpoint.manifest import step_of
 from kdav_fast.config import Config
 from kdav_fast.errors import InputError
-from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, StudentCard, read_file_card
-from kdav_fast.train.checkpoint_folders import checkpoint_folders
+from kdav_fast.student.file import CHECKPOINTS, FILE_NAME, StudentCard, read_file_card
 
 _EXACT = ("constant", "step")
 """Schedules whose rate at a step is the same however long the run is."""

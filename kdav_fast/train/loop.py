@@ -7,29 +7,29 @@ from pathlib import Path
 
 import torch
 
+from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.config import Config
 from kdav_fast.data import Batch, Loader
 from kdav_fast.distillers import Target
 from kdav_fast.errors import InputError
-from kdav_fast.evaluate import Accuracy, evaluate
-from kdav_fast.metrics_log import MetricsLog
-from kdav_fast.report import PAGE, write_report
+from kdav_fast.inference.evaluate import Accuracy, evaluate
+from kdav_fast.runtime.processes import Cluster, say, start_cluster
 from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.runtime.run_lock import RunLock
-from kdav_fast.student_file import CHECKPOINTS, FILE_NAME, read_student, write_student
+from kdav_fast.runtime.stopping import StopRequest
+from kdav_fast.student.file import CHECKPOINTS, FILE_NAME, read_student, write_student
 from kdav_fast.tracking.class_results import ClassTally, write_class_results
-from kdav_fast.train.checkpoint import begin_checkpoint, restore_checkpoint
-from kdav_fast.train.checkpoint_folders import CheckpointFolders
-from kdav_fast.train.distributed import Cluster, say, start_cluster
+from kdav_fast.tracking.meter import TrainMeter
+from kdav_fast.tracking.metrics_log import MetricsLog
+from kdav_fast.tracking.report import PAGE, write_report
+from kdav_fast.tracking.status import Progress
+from kdav_fast.train.checkpoints import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.extension import check_extension, extension_line, is_complete
-from kdav_fast.train.meter import TrainMeter
-from kdav_fast.train.progress import Progress
 from kdav_fast.train.run_data import write_run_data
 from kdav_fast.train.run_folder import check_run_folder, config_facts, precision_of_run, write_run_config
 from kdav_fast.train.setup import Parts, set_up
 from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step
-from kdav_fast.train.stopping import StopRequest
 
 REPORT = "report"
 

@@ -10,7 +10,7 @@ import torch
 from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
-from kdav_fast.train.precision import Format, auto_of_earlier_versions, resolve_precision
+from kdav_fast.runtime.precision import Format, auto_of_earlier_versions, resolve_precision
 
 _FILE = "config.yaml"
 # These say where and how fast a run runs, not what it computes: they may change on a restart.

@@ -9,7 +9,7 @@ from torch import nn
 from kdav_fast.data.fingerprint import Fingerprint, difference, fingerprint
 from kdav_fast.data.image_set import ImageSet
 from kdav_fast.errors import InputError
-from kdav_fast.train.distributed import Cluster
+from kdav_fast.runtime.processes import Cluster
 
 
 def same_images(cluster: Cluster, splits: Iterable[ImageSet]) -> Fingerprint:

@@ -25,21 +25,21 @@ from kdav_fast.models import (
     head_tensors,
     renormalization,
 )
+from kdav_fast.runtime.host_memory import keep_freed_memory
 from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
-from kdav_fast.student import Student
-from kdav_fast.student_file import StudentCard, find_student_file, read_stock_weights
+from kdav_fast.runtime.precision import autocast_dtype, check_image_dtype, dtype_name, resolve_precision
+from kdav_fast.runtime.processes import Cluster
+from kdav_fast.student.file import StudentCard, find_student_file, read_stock_weights
+from kdav_fast.student.student import Student
+from kdav_fast.teachers.first_answers import FirstAnswers
+from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.tracking.class_results import ClassTally
-from kdav_fast.train.distributed import Cluster
 from kdav_fast.train.engine import StudentEngine, micro_batch_size, shard_for_inference
-from kdav_fast.train.first_answers import FirstAnswers
-from kdav_fast.train.host_memory import keep_freed_memory
 from kdav_fast.train.mixing import Mix, build_mix
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import autocast_dtype, check_image_dtype, dtype_name, resolve_precision
 from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.same_everywhere import require_same_network, same_images
 from kdav_fast.train.schedule import lr_factor
-from kdav_fast.train.teacher import FrozenTeacher
 from kdav_fast.train.trial import try_training_step
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from kdav_fast.errors import InputError
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
 
 
 class SkippedSteps:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from kdav_fast.data import Batch
 from kdav_fast.distillers import Losses, Target
-from kdav_fast.outputs import Outputs
-from kdav_fast.train.distributed import Cluster
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.runtime.processes import Cluster
 from kdav_fast.train.setup import Parts
 
 PHASES = ("data", "teacher", "student", "loss", "backward", "optimizer")

@@ -4,7 +4,7 @@ import torch
 from torch.func import functional_call
 
 from kdav_fast.errors import InputError
-from kdav_fast.student import Student
+from kdav_fast.student.student import Student
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from kdav_fast import kdav_loss
 from kdav_fast.config import KDAVConfig, KDConfig, NoDistiller, SimKDConfig
 from kdav_fast.distillers import Target, build_distiller
-from kdav_fast.outputs import Outputs
+from kdav_fast.models.outputs import Outputs
 
 CLASSES, STUDENT_WIDTH, TEACHER_WIDTH, BATCH = 5, 6, 9, 8
 

@@ -7,7 +7,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from kdav_fast.config import DataConfig
-from kdav_fast.student_file import StudentCard
+from kdav_fast.student.file import StudentCard
 
 WEIGHT = np.arange(30, dtype=np.float32).reshape(10, 3) / 10 - 1
 BIAS = np.linspace(-1, 1, 10, dtype=np.float32)

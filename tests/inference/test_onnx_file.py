@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from kdav_fast.errors import InputError
-from kdav_fast.evaluate import evaluate_file
+from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.inference.onnx_file import is_onnx, onnx_metadata, read_onnx
 from kdav_fast.inference.trained import inference_config, open_trained, start_inference
 

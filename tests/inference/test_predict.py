@@ -10,12 +10,12 @@ from PIL import Image
 from kdav_fast.cli import main
 from kdav_fast.data.checks.defects import Finding
 from kdav_fast.data.sources.digits import prepare_digits
-from kdav_fast.evaluate import evaluate_file
-from kdav_fast.export import export_onnx
 from kdav_fast.inference import predict as module
+from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.inference.predict import predict, split_arguments
 from kdav_fast.inference.trained import open_trained
-from kdav_fast.student_file import read_student, write_student
+from kdav_fast.student.export import export_onnx
+from kdav_fast.student.file import read_student, write_student
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import Config, dump_config
 from kdav_fast.data import build_loaders, open_images
-from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import IMAGENET
-from kdav_fast.student_file import FILE_NAME, read_student
+from kdav_fast.student.file import FILE_NAME, read_student
+from kdav_fast.tracking.metrics_log import read_metrics
 from tests.launch.hosts import Host, two_hosts, why_not
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ import termios
 import pytest
 
 from kdav_fast.runtime.progress_bar import MIN_CELLS, ProgressBar
-from kdav_fast.train import progress as progress_module
-from kdav_fast.train.progress import Progress
+from kdav_fast.tracking import status as progress_module
+from kdav_fast.tracking.status import Progress
 
 VALUES = {
     "train/loss": 2.3456789,

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from kdav_fast.errors import InputError
-from kdav_fast.report import write_report
+from kdav_fast.runtime.processes import Cluster
 from kdav_fast.tracking.class_results import ClassTally, read_class_results, write_class_results
-from kdav_fast.train.distributed import Cluster
-from kdav_fast.train.meter import correct_counts
+from kdav_fast.tracking.meter import correct_counts
+from kdav_fast.tracking.report import write_report
 
 ALONE = Cluster(0, 1, 0, 1, torch.device("cpu"))
 

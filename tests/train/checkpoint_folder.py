@@ -2,8 +2,8 @@
 
 import torch
 
-from kdav_fast.train.checkpoint_folders import CheckpointFolders
-from kdav_fast.train.distributed import Cluster
+from kdav_fast.checkpoint.folders import CheckpointFolders
+from kdav_fast.runtime.processes import Cluster
 
 ALONE = Cluster(0, 1, 0, 1, torch.device("cpu"))
 PIECES, STATE = "pieces-00000.safetensors", "rank-00000.json"

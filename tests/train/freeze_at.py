@@ -4,8 +4,9 @@ import os
 import sys
 from typing import Any
 
+from kdav_fast.checkpoint import folders as checkpoint_folders
 from kdav_fast.cli import main
-from kdav_fast.train import checkpoint_folders, loop, setup
+from kdav_fast.train import loop, setup
 from kdav_fast.train.engine import StudentEngine
 
 MOMENTS: dict[str, tuple[Any, str]] = {

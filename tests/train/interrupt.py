@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from kdav_fast.train.progress import Progress
+from kdav_fast.tracking.status import Progress
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:

@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 
 from kdav_fast.cli import main
 from kdav_fast.distillers.kdav import KDAVDistiller
-from kdav_fast.metrics_log import MetricsLog
+from kdav_fast.runtime.stopping import STOPPED
+from kdav_fast.tracking.metrics_log import MetricsLog
 from kdav_fast.train import loop
 from kdav_fast.train.engine import StudentEngine
-from kdav_fast.train.stopping import STOPPED
 
 GRACE = 1.0
 """Seconds that the others have to end by themselves after a rank has died, as a launcher gives them."""

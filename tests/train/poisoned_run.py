@@ -13,8 +13,8 @@ from typing import Any
 
 from kdav_fast.cli import main
 from kdav_fast.distillers.kdav import KDAVDistiller
+from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.train.engine import StudentEngine
-from kdav_fast.train.teacher import FrozenTeacher
 
 NAN = float("nan")
 

@@ -15,8 +15,8 @@ import torch
 from kdav_fast.cli import BAD_INPUT, main
 from kdav_fast.config import dump_config
 from kdav_fast.errors import InputError
-from kdav_fast.evaluate import evaluate_file
-from kdav_fast.metrics_log import MetricsLog, read_metrics
+from kdav_fast.inference.evaluate import evaluate_file
+from kdav_fast.tracking.metrics_log import MetricsLog, read_metrics
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import after_step, stop_after
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.errors import InputError
-from kdav_fast.train.checkpoint_folders import CheckpointFolders
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
 from tests.train import processes
 
 

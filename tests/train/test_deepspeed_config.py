@@ -9,8 +9,8 @@ import torch
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
-from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import set_up

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import dump_config
 from kdav_fast.data.order import EpochOrder
-from kdav_fast.metrics_log import read_metrics
+from kdav_fast.tracking.metrics_log import read_metrics
 from tests.train import processes
 
 PROGRAM = str(processes.REPOSITORY / "tests/train/train_until.py")

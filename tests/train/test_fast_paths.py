@@ -8,11 +8,11 @@ import torch
 from torch._dynamo.utils import counters
 
 from kdav_fast.errors import InputError
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
+from kdav_fast.runtime.stopping import StopRequest
 from kdav_fast.train.loop import measure_teacher
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.step import PHASES, take_step
-from kdav_fast.train.stopping import StopRequest
 
 STEPS, LR = 6, 0.01  # gentle steps: training magnifies roundings at larger ones
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdav_fast.metrics_log import read_metrics
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import stop_after
 

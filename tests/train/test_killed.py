@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file
 
-from kdav_fast.checkpoint_manifest import read_manifest
+from kdav_fast.checkpoint.manifest import read_manifest
 from kdav_fast.config import dump_config
-from kdav_fast.metrics_log import read_metrics
-from kdav_fast.train.stopping import STOPPED
+from kdav_fast.runtime.stopping import STOPPED
+from kdav_fast.tracking.metrics_log import read_metrics
 from tests.train import processes
 from tests.train.killed_run import Strike
 

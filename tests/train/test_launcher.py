@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import dump_config
 from kdav_fast.data import build_loaders, open_images
+from kdav_fast.distillers.memories.ring import TeacherMemory
 from kdav_fast.errors import InputError
-from kdav_fast.memory import TeacherMemory
-from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import IMAGENET
-from kdav_fast.student_file import read_student
+from kdav_fast.student.file import read_student
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train.loop import run_training
 from tests.train import processes
 

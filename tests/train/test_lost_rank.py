@@ -6,7 +6,7 @@ import time
 import pytest
 
 from kdav_fast.config import dump_config
-from kdav_fast.metrics_log import read_metrics
+from kdav_fast.tracking.metrics_log import read_metrics
 from tests.train import processes
 
 

@@ -8,13 +8,13 @@ from safetensors.torch import load_file, save_file
 
 from kdav_fast.config import load_config
 from kdav_fast.errors import InputError
-from kdav_fast.evaluate import evaluate_file
-from kdav_fast.export import export_safetensors
-from kdav_fast.head import EmbeddingHead
+from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.models import build_classifier
-from kdav_fast.student import Student
-from kdav_fast.student_file import read_student
-from kdav_fast.train.distributed import start_cluster
+from kdav_fast.runtime.processes import start_cluster
+from kdav_fast.student.export import export_safetensors
+from kdav_fast.student.file import read_student
+from kdav_fast.student.heads import EmbeddingHead
+from kdav_fast.student.student import Student
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.setup import build_network, set_up
 from kdav_fast.train.trial import try_training_step

@@ -9,14 +9,14 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import OptimizerConfig, TrainConfig, dump_config
 from kdav_fast.errors import InputError
-from kdav_fast.metrics_log import read_metrics
 from kdav_fast.models import build_classifier
-from kdav_fast.student import Student
+from kdav_fast.runtime.precision import LossScale
+from kdav_fast.runtime.processes import start_cluster
+from kdav_fast.student.student import Student
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train import loop, setup
-from kdav_fast.train.distributed import start_cluster
 from kdav_fast.train.engine import StudentEngine
 from kdav_fast.train.optimizer import build_optimizer
-from kdav_fast.train.precision import LossScale
 from kdav_fast.train.skipped_steps import SkippedSteps
 from tests.train import processes
 

@@ -10,13 +10,13 @@ from kdav_fast.config import OptimizerConfig, TrainConfig
 from kdav_fast.data import Batch
 from kdav_fast.distillers import Losses, Target
 from kdav_fast.models import IMAGENET, Normalization, build_classifier, renormalization
-from kdav_fast.train.distributed import Cluster, start_cluster
+from kdav_fast.runtime.processes import Cluster, start_cluster
+from kdav_fast.teachers.frozen import FrozenTeacher
+from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.train.engine import StudentEngine
-from kdav_fast.train.meter import TrainMeter
 from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.setup import set_up
-from kdav_fast.train.teacher import FrozenTeacher
 
 CPU = torch.device("cpu")
 ALONE = Cluster(0, 1, 0, 1, CPU)

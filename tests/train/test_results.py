@@ -2,7 +2,7 @@
 
 import pytest
 
-from kdav_fast.student_file import read_student
+from kdav_fast.student.file import read_student
 from kdav_fast.train import loop
 from kdav_fast.train.loop import run_training
 

@@ -7,12 +7,12 @@ import pytest
 
 from kdav_fast.demo import run_demo
 from kdav_fast.errors import InputError
-from kdav_fast.export import export_safetensors
-from kdav_fast.metrics_log import read_metrics
-from kdav_fast.report import write_report
 from kdav_fast.runtime.process_identity import ProcessIdentity
 from kdav_fast.runtime.run_lock import FILE_NAME, RunLock
-from kdav_fast.student_file import read_student
+from kdav_fast.student.export import export_safetensors
+from kdav_fast.student.file import read_student
+from kdav_fast.tracking.metrics_log import read_metrics
+from kdav_fast.tracking.report import write_report
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import after_step, stop_after
 

@@ -8,9 +8,9 @@ import yaml
 from safetensors.torch import load_file
 
 from kdav_fast.errors import InputError
-from kdav_fast.evaluate import evaluate_file
-from kdav_fast.metrics_log import read_metrics
-from kdav_fast.student_file import read_student
+from kdav_fast.inference.evaluate import evaluate_file
+from kdav_fast.student.file import read_student
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train import loop
 from kdav_fast.train.loop import run_training
 from tests.data.sources.small_archives import CLASSES, FOLDERS, files_of, truth_of, write_tar
@@ -170,7 +170,7 @@ def test_loss_equals_a_run_written_out_in_plain_torch(small_config, kdav_section
 
     from kdav_fast import EmbeddingHead, kdav_loss
     from kdav_fast.models import build_classifier
-    from kdav_fast.train.distributed import start_cluster
+    from kdav_fast.runtime.processes import start_cluster
     from kdav_fast.train.setup import set_up
 
     changes = {"train": {"epochs": 1, "log_every": 1}, "schedule": {"name": "constant"}}
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_architecture_names_its_tensors(small_config, te
 
 
 def test_a_teacher_of_other_classes_is_refused(small_config, teacher_run, tmp_path):
-    from kdav_fast.student_file import write_student
+    from kdav_fast.student.file import write_student
 
     student, card = read_student(teacher_run)
     other = tmp_path / "other.safetensors"

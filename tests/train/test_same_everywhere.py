@@ -12,7 +12,7 @@ from torch import nn
 from kdav_fast.config import parse_config
 from kdav_fast.data import open_images
 from kdav_fast.errors import InputError
-from kdav_fast.train.distributed import Cluster
+from kdav_fast.runtime.processes import Cluster
 from kdav_fast.train.same_everywhere import digest, require_same_network, same_images
 
 WORLD = 3

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from kdav_fast import EmbeddingHead
 from kdav_fast.config import dump_config
-from kdav_fast.metrics_log import read_metrics
+from kdav_fast.tracking.metrics_log import read_metrics
 from tests.train import processes
 
 BASES = {

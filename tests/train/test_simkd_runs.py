@@ -5,11 +5,11 @@ import torch
 from safetensors.torch import load_file
 
 from kdav_fast.config import Config
-from kdav_fast.evaluate import evaluate_file
-from kdav_fast.export import export_safetensors
-from kdav_fast.metrics_log import read_metrics
+from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.models import build_stock
-from kdav_fast.student_file import read_student
+from kdav_fast.student.export import export_safetensors
+from kdav_fast.student.file import read_student
+from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import stop_after
 

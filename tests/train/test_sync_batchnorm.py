@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kdav_fast import EmbeddingHead
 from kdav_fast.errors import InputError
 from kdav_fast.models import build_classifier
-from kdav_fast.student import Student
+from kdav_fast.student.student import Student
 from kdav_fast.train.sync_batchnorm import synchronize_batchnorm
 from tests.train import processes
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
+from kdav_fast.checkpoint.pieces import training_state
 from kdav_fast.cli import main
+from kdav_fast.tracking.status import Progress
 from kdav_fast.train import loop
-from kdav_fast.train.progress import Progress
-from kdav_fast.train.training_state import training_state
 
 
 def stop_after(last: int) -> None:

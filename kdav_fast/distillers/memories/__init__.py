@@ -1,0 +1,1 @@
+"""What a method remembers of earlier batches: plain buffers with exact state."""

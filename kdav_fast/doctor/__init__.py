@@ -1,0 +1,1 @@
+"""What this machine offers a run, and what is in its way."""

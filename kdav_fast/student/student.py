@@ -1,0 +1,80 @@
+"""The network that is trained: a stock classifier, or its backbone with an embedding head."""
+
+import torch
+from torch import Tensor, nn
+
+from kdav_fast.errors import InputError
+from kdav_fast.models import ImageClassifier
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.heads import FoldableHead
+
+HEAD_PREFIX = "embedding_head."
+
+
+class Student(nn.Module):
+    """A classifier under training.
+
+    Args:
+        network: the stock network, split at its classifier.
+        head: takes the place of the classifier, which is then neither trained nor saved.
+
+    Raises:
+        InputError: a head for a network without a linear classifier, or with one without bias: folding needs both.
+    """
+
+    def __init__(self, network: ImageClassifier, head: FoldableHead | None = None) -> None:
+        super().__init__()
+        self.network = network
+        self.head = head
+        if head is not None:
+            if network.classifier is None:
+                raise InputError(
+                    f"{network.name} has class scores that are no fixed linear function of pooled features, so that no "
+                    "embedding head can take the place of its classifier; choose another student, or distiller.name=kd"
+                )
+            if network.classifier.bias is None:
+                raise InputError(
+                    f"{network.name} ends in a linear layer without bias, into which an embedding head cannot "
+                    "fold; choose another student, or distiller.name=kd"
+                )
+            network.classifier.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        """B x 3 x S x S images to float32 outputs, under whatever autocast the networks run in."""
+        if self.head is None:
+            outputs = self.network(images)
+            return Outputs(outputs.features.float(), outputs.logits.float())
+        features = self.network.backbone(images).float()
+        with torch.autocast(images.device.type, enabled=False):
+            embedding = self.head(features)
+            return Outputs(features, self.head.classify(embedding.detach()), embedding)
+
+    def weights(self) -> dict[str, Tensor]:
+        """What a file holds: the stock architecture's tensors, the head's in place of the classifier's. Copies."""
+        state = self.network.stock_state_dict()
+        if self.head is not None:
+            for name in self.network.head_names():
+                del state[name]
+            state |= {HEAD_PREFIX + name: tensor for name, tensor in self.head.state_dict().items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+
+    def load_weights(self, state: dict[str, Tensor]) -> None:
+        """Load what `weights` gave; raises `InputError` that names the first tensors that differ."""
+        state = dict(state)
+        if self.head is not None:
+            own = {name: state.pop(name) for name in list(state) if name.startswith(HEAD_PREFIX)}
+            try:
+                self.head.load_state_dict({name.removeprefix(HEAD_PREFIX): own[name] for name in own})
+            except RuntimeError as error:
+                raise InputError(f"the embedding head does not fit: {' '.join(str(error).split())}") from None
+            current = self.network.stock_state_dict()
+            state |= {name: current[name] for name in self.network.head_names()}
+        self.network.load_stock_state_dict(state)
+
+    @torch.no_grad()
+    def deployed(self) -> dict[str, Tensor]:
+        """The stock architecture's weights, the head folded into its classifier: exact in evaluation mode."""
+        state = self.network.stock_state_dict()
+        if self.head is not None:
+            state |= self.network.head_state_dict(self.head.fold())
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}

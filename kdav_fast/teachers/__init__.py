@@ -1,0 +1,1 @@
+"""What answers a batch for the student to learn from."""

@@ -1,0 +1,248 @@
+"""The accuracy benchmark: what a student is fed, what is made of the results, and a whole small run."""
+
+import json
+import statistics
+from itertools import chain
+
+import accuracy
+import accuracy_data
+import numpy as np
+import pytest
+import torch
+from accuracy_data import StudyData
+from accuracy_methods import MAIN, PRESETS, VARIANTS, tasks
+from accuracy_run import batches, top1
+from PIL import Image
+from safetensors.torch import save_file
+
+from kdav_fast.models import build_classifier
+from kdav_fast.models.outputs import Outputs
+from tests.benchmarks.scripts import completed, refusal
+
+CLASSES, COUNT = 3, 10
+NETWORKS = ["teacher.name=cifar:resnet8", "teacher.width=0.25", "model.width=0.25", "data.image_size=16"]
+
+
+@pytest.fixture
+def study():
+    """Ten images that show their position on the left; the teacher's answers are position and side."""
+    pixels = torch.zeros(COUNT, 4, 4, 3, dtype=torch.uint8)
+    pixels[:, :, 0] = torch.arange(COUNT, dtype=torch.uint8)[:, None, None]
+    answers = torch.stack([torch.arange(COUNT).float(), torch.arange(COUNT) + 100.0])[..., None]
+    return StudyData(
+        train_pixels=pixels,
+        train_labels=torch.arange(COUNT) % CLASSES,
+        evaluation_pixels=pixels,
+        evaluation_labels=torch.arange(COUNT) % CLASSES,
+        held_out_pixels=pixels,
+        held_out_labels=torch.arange(COUNT) % CLASSES,
+        features=answers.expand(2, COUNT, 5),
+        logits=answers.expand(2, COUNT, CLASSES),
+        classifier_weight=torch.zeros(CLASSES, 5),
+        classifier_bias=torch.zeros(CLASSES),
+        mean=torch.zeros(3),
+        std=torch.ones(3),
+        teacher_correct=torch.tensor(9),
+    )
+
+
+def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
+    sides = set()
+    for images, teacher, target in batches(study, 3, 12, seed=0):
+        left, right = (images[:, 0, 0, side] * 255 for side in (0, -1))
+        mirrored = teacher.features[:, 0] >= 100
+        position = teacher.features[:, 0] % 100
+        torch.testing.assert_close(torch.where(mirrored, right, left), position)
+        assert torch.equal(target.labels, position.long() % CLASSES)
+        assert target.valid.all()
+        sides |= set(mirrored.tolist())
+    assert sides == {True, False}
+
+
+def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(study):
+    positions = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
+    first, second = (list(chain(*epoch)) for epoch in (positions[:3], positions[3:]))
+    assert len(set(first)) == len(set(second)) == 9
+    assert first != second
+    again = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
+    other = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=1)]
+    assert again == positions != other
+
+
+def test_the_first_seeds_of_all_methods_come_first():
+    listed = tasks(PRESETS["cpu"], "torch")
+    assert [task.method for task in listed[: len(MAIN)]] == list(MAIN)
+    assert [task.seed for task in listed[: 3 * len(MAIN)]] == [seed for seed in range(3) for _ in MAIN]
+    assert {task.method for task in listed} == {*MAIN, *VARIANTS}
+    assert {task.lr for task in listed if "lr 0.3" in task.method} == {0.3}
+    assert {task.lr for task in listed if "lr" not in task.method} == {PRESETS["cpu"].lr}
+    assert {task.init for task in listed if "He" in task.method} == {"published"}
+    assert {task.init for task in listed if "He" not in task.method} == {"torch"}
+    assert len({(task.method, task.seed) for task in listed}) == len(listed)
+    assert {task.init for task in tasks(PRESETS["cpu"], "published")} == {"published"}
+
+
+def results_of(**top1):
+    """What training would give: these accuracies of each method's seeds."""
+    return [
+        {
+            "task": {"method": method, "seed": seed, "distiller": {}, "init": "torch", "lr": 0.1},
+            "top1": value,
+            "held_out_top1": None if method == "KD" else value - 1,
+            "minutes": 1.0 + seed,
+            "curve": [(1, 1.0, value / 2), (2, 2.0, value)],
+        }
+        for method, values in top1.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_a_row_has_mean_and_deviation_over_seeds():
+    rows = accuracy.summarize(results_of(KDAV=[70.0, 72.0, 74.0], KD=[69.0]))
+    kd, kdav = rows
+    assert (kd["method"], kd["mean_top1"], kd["std_top1"], kd["held_out_top1"]) == ("KD", 69.0, None, None)
+    assert (kdav["mean_top1"], kdav["std_top1"]) == (72.0, statistics.stdev([70, 72, 74]))
+    assert kdav["held_out_top1"] == 71.0
+    assert (kdav["minutes"], kdav["seeds"]) == (2.0, [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("kd", "met", "near"), [(69.9, True, False), (70.1, False, True), (71.5, False, False)]
+)
+def test_targets_are_judged_by_the_means(kd, met, near):
+    judged = {
+        t["name"]: t for t in accuracy.targets(accuracy.summarize(results_of(KDAV=[71.0, 73.0], KD=[kd])))
+    }
+    over_kd = judged["accuracy: KDAV over KD (points of top-1)"]
+    assert over_kd["met"] is met
+    reason = "by less than the 1.4 that seeds differ by"
+    assert over_kd.get("reason") == (reason if near else None)
+    assert over_kd["measured"] == pytest.approx(72 - kd)
+    untrained = judged["accuracy: KDAV over SimKD (points of top-1)"]
+    assert untrained["met"] is None
+    assert untrained["measured"] is None
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """140 training images of noise, 8 others, and a teacher that nobody has trained."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 70), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = noise.integers(0, 256, (16, 16, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+    weights = build_classifier("cifar:resnet8", 2, width=0.25).stock_state_dict()
+    save_file({k: v.contiguous() for k, v in weights.items()}, tmp_path / "teacher.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("subset", "held_out", "limit"), [("130", 10, 100), ("110", 12, 12), ("null", 0, 12)]
+)
+def test_held_out_images_are_trained_on_by_nobody(folder, monkeypatch, subset, held_out, limit):
+    monkeypatch.setattr(accuracy_data, "HELD_OUT", limit)
+    options = accuracy.make_parser().parse_args([f"--root={folder}/images", "--override", *NETWORKS])
+    options.override.append(f"data.train_subset={subset}")
+    config = accuracy.student_config(options, accuracy.chosen_preset(options), folder / "teacher.safetensors")
+    device = torch.device("cpu")
+    data = accuracy_data.load(accuracy_data.prepare(config, device, folder), device)
+    every = {
+        np.asarray(Image.open(path)).tobytes(): label
+        for label, name in enumerate(("cat", "dog"))
+        for path in (folder / "images" / "train" / name).iterdir()
+    }
+    pixels = torch.cat([data.train_pixels, data.held_out_pixels])
+    found = [image.numpy().tobytes() for image in pixels]
+    assert len(data.train_pixels) == (140 if subset == "null" else int(subset))
+    assert len(data.held_out_pixels) == held_out
+    assert len(set(found)) == len(found)
+    labels = torch.cat([data.train_labels, data.held_out_labels]).tolist()
+    assert [every[image] for image in found] == labels
+
+
+def test_accuracy_is_the_percentage_of_images_classified_right(study):
+    def guess(images):
+        shown = (images[:, 0, 0, 0] * 255).round().long()  # the position, which is the class modulo 3
+        return Outputs(
+            None, torch.eye(CLASSES)[torch.where(shown < 4, shown % CLASSES, (shown + 1) % CLASSES)]
+        )
+
+    student = torch.nn.Module()
+    student.forward = guess
+    arguments = student, study, study.evaluation_pixels, study.evaluation_labels
+    assert top1(*arguments, size=3) == 40.0
+    assert top1(student, study, study.evaluation_pixels[:0], study.evaluation_labels[:0]) is None
+
+
+def test_what_an_earlier_attempt_trained_is_found_and_nothing_else(tmp_path):
+    listed = tasks(PRESETS["cpu"], "torch")
+    file, circumstances = tmp_path / "students.jsonl", ["teacher", {"width": 0.5}]
+    log = accuracy.Log(file, circumstances)
+    assert log.find(listed[0]) is None
+    log.add(listed[0], {"top1": 50.0})
+    again = accuracy.Log(file, circumstances)
+    assert again.find(listed[0])["top1"] == 50.0
+    assert not any(again.find(task) for task in listed[1:])
+    wider = accuracy.Log(file, ["teacher", {"width": 1.0}])
+    assert wider.find(listed[0]) is None
+    wider.add(listed[0], {"top1": 60.0})
+    assert accuracy.Log(file, circumstances).find(listed[0])["top1"] == 50.0
+
+
+@pytest.mark.slow
+def test_a_small_run_is_finished_by_the_same_command(folder):
+    arguments = [
+        "--device=cpu",
+        f"--root={folder}/images",
+        f"--teacher={folder}/teacher.safetensors",
+        "--workers=1",
+    ]
+    arguments += [
+        f"--work={folder}/work",
+        "--eager",
+        "--epochs=4",
+        "--train-subset=130",
+        "--variant-seeds=1",
+    ]
+    arguments += [f"--json={folder}/result.json", "--override", *NETWORKS]
+    methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1)"]
+    completed("accuracy.py", [*arguments, "--seeds=1", *methods])
+    log = folder / "work" / "students.jsonl"
+    lines = log.read_text().splitlines()
+    assert len(lines) == len(MAIN) + 1
+
+    completed("accuracy.py", [*arguments, "--seeds=2", *methods])
+    assert log.read_text().splitlines()[: len(lines)] == lines
+    assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 1
+    record = json.loads((folder / "result.json").read_text())
+    completed("accuracy.py", [*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD"])
+    assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 2  # another student is not the one of the log
+    seeds = {row["method"]: row["seeds"] for row in record["rows"]}
+    assert seeds == {
+        **{method: [0, 1] for method in MAIN},
+        "KDAV, with labels (weight 0.1)": [0],
+    }
+    assert all([len(curve) for curve in row["curves"]] == [4] * len(row["seeds"]) for row in record["rows"])
+    assert all(row["held_out_top1"] in [100 * n / 20 for n in range(21)] for row in record["rows"])
+    assert record["teacher_top1"] in [100 * n / 8 for n in range(9)]
+    assert str(folder) not in json.dumps(record)
+    assert (folder / "result.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--root=/nowhere", "--teacher=/nowhere"], "data.root /nowhere is not a folder"),
+        (["--root=/nowhere", "--epochs=0"], "--epochs: invalid int above 0 value: '0'"),
+        (["--root=/nowhere", "--methods", "KDVA"], "invalid choice: 'KDVA'"),
+        (
+            ["--root=/nowhere", "--teacher=/nowhere", "--json=missing/result.json"],
+            "the folder missing does not exist",
+        ),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+    given = ["--device=cpu", f"--work={tmp_path}", *arguments]
+    assert message in refusal("accuracy.py", given, monkeypatch, capsys)

@@ -1,0 +1,256 @@
+"""The summary shows every result, calls nothing met that was not measured, and repeats itself."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = BENCHMARKS / "summary.py"
+MARKED = "before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
+PIXEL = bytes.fromhex(
+    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
+    "3a7e9b550000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
+)
+
+
+def environment(benchmark, device="Some <CPU> & more"):
+    return {
+        "device": device,
+        "threads": 2,
+        "date": "2026-01-02 03:04 UTC",
+        "versions": {"torch": "9.9.9"},
+        "command": f"python benchmarks/{benchmark}.py --x <y>",
+    }
+
+
+def spread(value, unit):
+    return {f"median_{unit}": value, f"p20_{unit}": 0.9 * value, f"p80_{unit}": 1.1 * value}
+
+
+def loss_rows(shape, times, **changes):
+    """Rows of one shape; times in seconds by implementation."""
+    fixed = {"shape": f"{shape} ids", "posterior": "ids", "pass": "full", "gradient_error": 1e-3}
+    return [
+        fixed
+        | spread(seconds, "s")
+        | {"implementation": name, "extra_mib": 100.0, "times_roofline": 2.0, "speed_over_eager_fp32": 1.0}
+        | changes.get(name, {})
+        for name, seconds in times.items()
+    ]
+
+
+def write(folder, name, data):
+    benchmark = name.rsplit("_", 1)[0]
+    (folder / f"{name}.json").write_text(json.dumps({"environment": environment(benchmark), **data}))
+
+
+def loader_rows(ratio=3.0):
+    return {
+        "settings": {"batch_size": 4},
+        "rows": [
+            {"loader": "torchvision", **spread(100.0, "images_per_s")},
+            {"loader": "dali <b>cpu</b>", **spread(100.0 * ratio, "images_per_s")},
+        ],
+        "ratio_dali_cpu_over_torchvision": ratio,
+        "ratio_dali_gpu_over_torchvision": None,
+        "noise": 0.2,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One small result of every benchmark, a picture and a README."""
+    times = {"eager fp32": 0.8, "eager bf16": 0.9, "compile": 0.6, "chunked": 0.5}
+    write(tmp_path, "loss_kernel_cpu", {"rows": loss_rows("B256 d512 L65536 K1000", times)})
+    write(tmp_path, "data_pipeline_cpu", loader_rows())
+    target = {
+        "name": "over the reference",
+        "target": 4.0,
+        "measured": 2.5,
+        "met": False,
+        "reason": "no JPEG unit",
+    }
+    unknown = {"name": "a GPU's", "target": ">= 90 %", "measured": None, "met": None, "reason": "no GPU"}
+    rows = [{"contender": name, **spread(50.0, "images_per_s")} for name in ("reference", "kdav_fast")]
+    step = {
+        "rows": rows,
+        "breakdown_s": {"kdav_fast": {"teacher": 0.5, "communication": None}},
+        "targets": [target, unknown],
+        "noise": 0.01,
+    }
+    write(tmp_path, "training_step_cpu", step)
+    methods = [
+        {"method": m, "settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
+        | {"held_out_top1": held_out}
+        for m, held_out in (("kd", None), ("kdav", 71.5))
+    ]
+    met = {"name": "KDAV over KD", "target": ">= 2.0", "measured": 2.5, "met": True}
+    write(tmp_path, "accuracy_cpu", {"rows": methods, "targets": [met], "teacher_top1": 86.0})
+    pieces = {"compute": 0.1, "gradients": 0.01, "data": 0.0}
+    scaled = {"processes": 2, "pieces_s": pieces, "predicted_s": 0.11, "measured_s": 0.12}
+    scaled |= {"error_percent": -8.3, "images_per_s": 20.0}
+    line = [{"series": "GPUs", "processes": n, "efficiency": 0.5} for n in (1, 8, 64, 1024)]
+    write(tmp_path, "scale_cpu", {"rows": [scaled], "curves": line})
+    (tmp_path / "scale_cpu.png").write_bytes(PIXEL)
+    (tmp_path / "README.md").write_text(MARKED)
+    return tmp_path
+
+
+@pytest.fixture
+def summarise(folder, monkeypatch, capsys):
+    """Runs the script on the folder; returns its exit code and what it printed to stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.syspath_prepend(BENCHMARKS)
+        given = ["--results", str(folder), "--readme", str(folder / "README.md"), *arguments]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
+        try:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+            code = 0
+        except SystemExit as ended:
+            code = ended.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def states(summary):
+    """Target's name to its last column."""
+    rows = [line.split(" | ") for line in summary.split("**")[0].splitlines() if line.startswith("| ")]
+    return {row[0][2:]: row[-1].removesuffix(" |") for row in rows}
+
+
+def test_the_page_shows_every_result_as_text_and_opens_offline(folder, summarise):
+    assert summarise()[0] == 0
+    text = (folder / "report.html").read_text()
+    for name in ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"):
+        assert f"<h2>{name}" in text
+        assert f"<h2>{name}</h2>\n<p>Not measured" not in text
+    row = re.search(r"<tr><t[dh]>dali &lt;b&gt;cpu&lt;/b&gt;<.*?</tr>", text, re.DOTALL)[0]
+    assert re.findall(r">([\d.]+)<", row) == [
+        "300",
+        "270",
+        "330",
+        "3.00",
+    ]  # median, p20, p80, over torchvision
+    assert "<b>" not in text
+    assert "--x &lt;y&gt;" in text
+    assert "://" not in text
+    assert re.findall(r'src="([^"]{22})', text) == ["data:image/png;base64,"]
+    assert "too noisy" in text  # 0.2 of the loaders
+
+
+def test_targets_are_met_missed_or_not_measured(folder, summarise):
+    summarise()
+    found = states((folder / "summary.md").read_text())
+    assert found["loss on a CPU, chunked over eager, L 65,536"] == "met"
+    assert found["DALI decoding on the CPU, over torchvision"] == "met"
+    assert found["KDAV over KD (accuracy_cpu.json)"] == "met"
+    assert found["over the reference (training_step_cpu.json)"] == "missed (no JPEG unit)"
+    assert found["a GPU's (training_step_cpu.json)"] == "not measured (no GPU)"
+    # What a CPU measured meets no target of a GPU.
+    gpu = [
+        name
+        for name in found
+        if name.startswith(("loss, ", "DALI decoding on the GPU", "training step over"))
+    ]
+    assert len(gpu) == 9
+    assert {found[name] for name in gpu} == {"not measured (no GPU)"}
+
+
+def test_the_kernel_is_judged_by_the_worse_posterior(folder, summarise):
+    times = {"eager fp32": 9.0, "eager bf16": 8.0, "compile": 3.0, "chunked": 2.5, "triton": 2.0}
+    rows = loss_rows("B256 d512 L16384 K1000", times)
+    dense = loss_rows("B256 d512 L16384 K1000", times | {"eager bf16": 5.0}, triton={"times_roofline": 2.4})
+    rows += [row | {"posterior": "dense"} for row in dense]
+    large = loss_rows("B1024 d2048 L65536 K1000", times, triton={"extra_mib": 11.0, "gradient_error": 2.1e-3})
+    write(folder, "loss_kernel_cuda", {"rows": rows + large})
+    summarise()
+    found = states((folder / "summary.md").read_text())
+    assert found["loss, shape A, over eager bf16"] == "missed"  # 4.0 and 2.5, wanted 3
+    assert found["loss, shape A, over torch.compile"] == "met"  # 1.5
+    assert found["loss, shape A, over its roofline"] == "met"  # 2.4, wanted 2.5
+    assert found["loss, large shape, over eager bf16"] == "met"  # 4.0
+    assert found["loss, large shape, peak extra memory over eager's"] == "missed"  # 0.11
+    assert found["loss, bf16 error over eager bf16's"] == "missed"  # 0.0011
+
+
+def test_the_readme_gets_the_summary_and_keeps_the_rest(folder, summarise):
+    summarise()
+    once = (folder / "README.md").read_text()
+    assert once.startswith("before\n<!-- benchmarks:begin -->\n")
+    assert once.endswith("<!-- benchmarks:end -->\nafter\n")
+    assert "old" not in once.split("**")[0]
+    assert (folder / "summary.md").read_text().strip() in once
+    summarise()
+    assert (folder / "README.md").read_text() == once
+
+
+def test_missing_results_are_not_measured(folder, summarise):
+    for path in folder.glob("*.json"):
+        path.unlink()
+    assert summarise()[0] == 0
+    found = states((folder / "summary.md").read_text())
+    assert not {"met", "missed"} & set(found.values())
+    text = (folder / "report.html").read_text()
+    for name in ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"):
+        assert f"<h2>{name}</h2>\n<p>Not measured.</p>" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("data_pipeline_cpu.json", "{"),
+        ("loss_kernel_cpu.json", json.dumps({"environment": environment("x"), "rows": [{}]})),
+        ("scale_cpu.json", json.dumps({"environment": environment("x"), "rows": [], "curves": []})),
+    ],
+)
+def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, content):
+    (folder / name).write_text(content)
+    code, _, message = summarise()
+    assert code == 2
+    assert f"{name} is not a result of" in message
+    assert len(message.splitlines()) == 1
+    assert (folder / "README.md").read_text() == MARKED
+    assert not (folder / "report.html").exists()
+
+
+def test_a_readme_without_its_markers_says_what_to_add(folder, summarise):
+    (folder / "README.md").write_text("no markers\n")
+    code, _, message = summarise()
+    assert code == 2
+    assert "'<!-- benchmarks:begin -->' and '<!-- benchmarks:end -->'" in message
+
+
+def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
+    """Times twice as long and rates half as high, but one rate a quarter."""
+    old = tmp_path_factory.mktemp("old")
+    for path in folder.glob("*.json"):
+        (old / path.name).write_bytes(path.read_bytes())
+    write(folder, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 1.2})})
+    write(old, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 0.6})})
+    rates = {"reference": (50.0, 25.0), "kdav_fast": (100.0, 50.0), "kdav_fast synthetic": (200.0, 50.0)}
+    for place, target in enumerate((old, folder)):
+        rows = [{"contender": name, **spread(r[place], "images_per_s")} for name, r in rates.items()]
+        write(target, "training_step_cpu", {"rows": rows, "breakdown_s": {}, "noise": 0.01})
+    _, printed, _ = summarise("--compare", str(old))
+    assert "loss_kernel_cpu.json: as a whole -50.0 % in speed" in printed
+    assert "training_step_cpu.json: as a whole -50.0 % in speed" in printed
+    assert "data_pipeline_cpu.json: as a whole +0.0 % in speed" in printed
+    aside, verdict = printed.splitlines()[-2:]
+    assert re.fullmatch(
+        r"that taken out, 1 of \d+ medians differ by more than 10 %, the most by 50.0 %", aside
+    )
+    assert re.match(r"\d+ of \d+ medians differ by more than 10 %, the most by 1\d\d\.\d %", verdict)
+
+
+def test_results_with_other_settings_are_not_compared(folder, summarise, tmp_path_factory):
+    old = tmp_path_factory.mktemp("old")
+    write(old, "data_pipeline_cpu", loader_rows() | {"settings": {"batch_size": 8}})
+    _, printed, _ = summarise("--compare", str(old))
+    assert "data_pipeline_cpu.json: not compared, other settings" in printed
+    assert "no median is in both folders" in printed.splitlines()[-1]

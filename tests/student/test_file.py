@@ -1,0 +1,56 @@
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from kdav_fast.config import DataConfig
+from kdav_fast.errors import InputError
+from kdav_fast.student.file import StudentCard, read_card, read_file_card, read_stock_weights, write_student
+
+CARD = StudentCard(
+    name="cifar:resnet8",
+    width=1.0,
+    classes=("Hähnchen", "b"),
+    mean=(0.5, 0.5, 0.5),
+    std=(0.1, 0.1, 0.1),
+    embedding_width=None,
+    data=DataConfig(),
+    distiller="none",
+    step=3,
+    epoch=0.1,
+)
+WEIGHTS = {"b": torch.randn(3, 5), "a": torch.arange(7), "c": torch.randn(2).half()}
+
+
+def test_equal_content_is_equal_bytes(tmp_path):
+    """safetensors' own writer orders two entries of metadata at random, one time out of two."""
+    files = [tmp_path / f"{i}.safetensors" for i in range(30)]
+    for file in files:
+        write_student(file, WEIGHTS, CARD)
+    assert len({file.read_bytes() for file in files}) == 1
+
+
+def test_other_readers_find_weights_and_card(tmp_path):
+    file = tmp_path / "student.safetensors"
+    write_student(file, WEIGHTS, CARD)
+    with safe_open(file, "pt") as stored:
+        assert set(stored.keys()) == set(WEIGHTS)
+        for name, tensor in WEIGHTS.items():
+            assert torch.equal(stored.get_tensor(name), tensor)
+        metadata = stored.metadata()
+    assert metadata["format"] == "pt"
+    assert read_card(metadata) == CARD
+
+
+@pytest.mark.parametrize("text", ["", '{"a":', "[]", "[" * 100_000, "{}", CARD.model_dump_json()[:-2]])
+@pytest.mark.parametrize("read", [read_file_card, read_stock_weights])
+def test_a_damaged_card_is_told_in_one_short_line_with_the_file(tmp_path, text, read):
+    file = tmp_path / "student.safetensors"
+    save_file(WEIGHTS, file, {"kdav_fast": text})
+    with pytest.raises(InputError) as error:
+        read(file)
+    message = str(error.value)
+    assert message.startswith(f"{file}: its 'kdav_fast' metadata is damaged or of another version (")
+    assert message.endswith("); export it again, or give another file")
+    assert message.count(str(file)) == 1
+    assert "http" not in message
