@@ -1,30 +1,78 @@
-"""The interface of every distillation method. The training loop knows only this."""
+"""The interface of every method: what it asks of a run, and what it is given. The training loop knows only this.
+
+A method is one file of this folder, named as `distiller.name` calls it: a pure function first, then a `Distiller` with
+its `Config`, and `METHOD`, which names that class.
+"""
 
 from abc import abstractmethod
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdav_fast.config.method import MethodConfig
+from kdav_fast.data.batch import Batch
+from kdav_fast.data.views import Order, Shuffled
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import FoldableHead
 
+if TYPE_CHECKING:
+    from kdav_fast.distillers.phases import Phase
 
-class Target(NamedTuple):
-    """What is known of a batch besides its pixels."""
 
-    labels: Tensor
-    """B class ids, int64; of a mixed image, those of the image it started from."""
-    valid: Tensor
-    """B booleans; False marks padding."""
-    mixed: Tensor | None = None
-    """B x K class shares, where mixup or CutMix made the images."""
+class Shapes(NamedTuple):
+    """What is known of a network before training."""
 
-    @property
-    def foremost(self) -> Tensor:
-        """B class ids: of a mixed image the class of the largest share, else the label."""
-        return self.labels if self.mixed is None else self.mixed.argmax(1)
+    name: str
+    features: int
+    """Width of its penultimate features; 0 where it has none."""
+    stages: tuple[tuple[int, int, int], ...] = ()
+    """C, H, W of each feature map, shallow to deep, where the method asks for them."""
+
+
+class Facts(NamedTuple):
+    """What is known before training."""
+
+    student: Shapes
+    teacher: Shapes | None
+    """None without a teacher."""
+    teacher_classifier: nn.Linear | None
+    """The teacher's last layer, with whole weights; None where it has no such layer."""
+    labels: np.ndarray
+    """N class ids of the training images, in their order: what `Batch.index` counts."""
+    classes: int
+    """K."""
+    label_smoothing: float
+    """For terms that use labels."""
+    dtype: torch.dtype
+    """In which large products are taken and embeddings remembered; sums are in float32."""
+    device: torch.device
+
+
+class Progress(NamedTuple):
+    """How far the run is, at the step about to be taken."""
+
+    step: int
+    """Optimizer steps taken."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    epoch: float
+    """Passes over the training set behind it."""
+    epochs: float
+    """Passes of the whole run."""
+
+
+class Learned(NamedTuple):
+    """A module that is trained beside the student, and saved, but never exported."""
+
+    module: nn.Module
+    lr_factor: float = 1.0
+    """Of `optimizer.lr` at each step."""
+    weight_decay: float | None = None
+    """None: the student's."""
 
 
 class Losses(NamedTuple):
@@ -37,30 +85,72 @@ class Losses(NamedTuple):
 
 
 class Distiller(nn.Module):
-    """A method: what it adds to the student, what it measures first, and its loss.
+    """A method.
 
-    Its own buffers (a memory, say) are saved with every checkpoint. Parameters that are trained belong to
-    `head`, which becomes a part of the student.
+    What it remembers is in its buffers, which are saved with every checkpoint and must be the same on all ranks after
+    every step. What is trained is in `learned`, or in the head, which the student takes over: a parameter registered
+    here is an error.
+
+    Args:
+        config: its section of the config.
+        facts: what is known before training.
+
+    Raises:
+        InputError: it does not go with these facts.
     """
 
-    head: FoldableHead | None = None
-    """Takes the place of the student's classifier."""
-    needs_teacher: bool = True
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    order: Order = Shuffled()
+    """Which training images it sees together."""
+    needs_stages: bool = False
+    """Whether `Outputs.stages` are wanted, of student and teacher."""
+    needs_preactivations: bool = False
+    """Whether `Outputs.preactivations` are."""
 
-    @property
-    def needs_measuring(self) -> bool:
-        """Whether `measure` wants one pass over the training images before training."""
-        return False
+    def __init__(self, config: MethodConfig, facts: Facts) -> None:
+        super().__init__()
 
-    def measure(self, teacher: Outputs, target: Target) -> None:
-        """See one batch of that pass; rows that are not valid must not count."""
+    def head(self) -> FoldableHead | None:
+        """Takes the place of the student's classifier, and is exported folded into one; None: the student keeps it."""
+        return None
 
-    def finish_measuring(self) -> None:
-        """The pass is over on this rank and its sums have been added up over all ranks."""
+    def learned(self) -> dict[str, Learned]:
+        """What is trained beside the student, by name."""
+        return {}
+
+    def phases(self) -> Sequence["Phase"]:
+        """What comes before distillation, in order."""
+        return ()
+
+    def remarks(self) -> Sequence[str]:
+        """Lines that the user shall read before the run begins."""
+        return ()
 
     @abstractmethod
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Target) -> Losses:
-        """The loss of one batch."""
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs | None,
+        batch: Batch,
+        learned: dict[str, nn.Module],
+        progress: Progress,
+    ) -> Losses:
+        """The loss of one micro-batch.
+
+        Called inside the forward pass of what the optimizer trains, so that `learned`, and parameters of theirs, may
+        be used in any way at every ZeRO stage. Autocast is off here, and on inside the modules of `learned`.
+
+        Args:
+            student: answers to `batch.images`; stages in the networks' dtype, all else float32.
+            teacher: the same of the teacher, without gradient; None without one.
+            batch: what is known of the images.
+            learned: the modules of `learned()`, by name.
+            progress: how far the run is.
+        """
+
+    def lend(self, name: str, module: nn.Module) -> None:
+        """Keep a module that the student or `learned` takes over, which train, shard and save it: unregistered here."""
+        object.__setattr__(self, name, module)
 
 
 def mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
@@ -73,7 +163,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def label_loss(logits: Tensor, target: Target, label_smoothing: float) -> Tensor:
+def label_loss(logits: Tensor, batch: Batch, label_smoothing: float) -> Tensor:
     """Cross-entropy of each row, B, with the labels or, where there are some, the mixed shares."""
-    truth = target.labels if target.mixed is None else target.mixed
+    truth = batch.labels if batch.mixed is None else batch.mixed
     return F.cross_entropy(widened(logits), truth, reduction="none", label_smoothing=label_smoothing)

@@ -1,10 +1,16 @@
 """SimKD: the teacher's classifier on aligned features (Chen, Mei, Zhang, Wang, Feng, Chen: CVPR 2022)."""
 
+from typing import ClassVar, Self
+
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config import SimKDConfig
-from kdav_fast.distillers.base import Distiller, Losses, Target, mean_over_valid, widened
+from kdav_fast.config.method import MethodConfig
+from kdav_fast.config.section import NonNegative, Positive
+from kdav_fast.data.batch import Batch
+from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, mean_over_valid, widened
 from kdav_fast.distillers.kd import soft_target_kl
+from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import ReusedClassifierHead
 
@@ -14,30 +20,63 @@ def feature_mse(student_embedding: Tensor, teacher_features: Tensor) -> Tensor:
     return (widened(student_embedding) - widened(teacher_features)).square().mean(1)
 
 
-class SimKDDistiller(Distiller):
+class SimKD(Distiller):
     """weight_feature * MSE of the features + weight_kl * T^2 * KL with the teacher; uses no labels.
 
     The paper has the feature term alone, and projects feature maps by convolutions that stay in the student. Here
     the pooled features are projected, so that the exported student keeps its stock architecture.
     """
 
-    def __init__(self, config: SimKDConfig, *, student_width: int, teacher_classifier: nn.Linear) -> None:
-        super().__init__()
+    class Config(MethodConfig):
+        """The teacher's classifier on features trained to be the teacher's."""
+
+        uses_labels: ClassVar[bool] = False
+        weight_feature: NonNegative = 1.0
+        """Of the mean squared difference of the features; the paper's only term."""
+        weight_kl: NonNegative = 0.0
+        """Of T^2 KL between the teacher's and the student's class distributions."""
+        temperature: Positive = 4.0
+        """T of the KL term."""
+
+        @model_validator(mode="after")
+        def _combinations(self) -> Self:
+            if self.weight_feature == 0 and self.weight_kl == 0:
+                raise ValueError("distiller.weight_feature and distiller.weight_kl are both 0; raise one")
+            return self
+
+    def __init__(self, config: Config, facts: Facts) -> None:
+        super().__init__(config, facts)
         self.weight_feature, self.weight_kl = config.weight_feature, config.weight_kl
         self.temperature = config.temperature
-        head = ReusedClassifierHead(
-            student_width, teacher_classifier.in_features, teacher_classifier.out_features
-        )
-        head.reuse(teacher_classifier)
-        # The head is trained, sharded and saved as a part of the student: registered there, not here.
-        object.__setattr__(self, "head", head)
+        classifier = facts.teacher_classifier
+        if classifier is None:
+            raise InputError(
+                f"the teacher {facts.teacher.name} has no linear classifier on pooled features, which distiller.name "
+                "'simkd' gives to the student; use distiller.name=kd, or another teacher"
+            )
+        head = ReusedClassifierHead(facts.student.features, classifier.in_features, classifier.out_features)
+        head.reuse(classifier)
+        self.lend("_head", head)
 
-    def forward(self, student: Outputs, teacher: Outputs | None, target: Target) -> Losses:
-        feature = mean_over_valid(feature_mse(student.embedding, teacher.features), target.valid)
+    def head(self) -> ReusedClassifierHead:
+        return self._head
+
+    def forward(
+        self,
+        student: Outputs,
+        teacher: Outputs,
+        batch: Batch,
+        learned: dict[str, nn.Module],
+        progress: Progress,
+    ) -> Losses:
+        feature = mean_over_valid(feature_mse(student.embedding, teacher.features), batch.valid)
         total, parts = self.weight_feature * feature, {"feature_mse": feature.detach()}
         if self.weight_kl > 0:
             # The student's logits carry no gradient to its embedding.
-            logits = self.head.classify(student.embedding)
-            kl = mean_over_valid(soft_target_kl(logits, teacher.logits, self.temperature), target.valid)
+            logits = self._head.classify(student.embedding)
+            kl = mean_over_valid(soft_target_kl(logits, teacher.logits, self.temperature), batch.valid)
             total, parts["soft_target_kl"] = total + self.weight_kl * kl, kl.detach()
         return Losses(total, parts)
+
+
+METHOD = SimKD

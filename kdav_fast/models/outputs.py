@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """A network's answer for a batch of B images.
+    """A network's answer for a batch of B images (V*B of V views).
 
     A named tuple, not a dataclass: DeepSpeed walks tuples to find the tensors it hooks.
     """
@@ -17,6 +17,10 @@ class Outputs(NamedTuple):
     """Class scores, B x K."""
     embedding: Tensor | None = None
     """Features in the teacher's space, B x d, where the student has an embedding head."""
+    stages: tuple[Tensor, ...] = ()
+    """Feature maps, each B x C x H x W, shallow to deep, where a method asks for them; in the networks' dtype."""
+    preactivations: tuple[Tensor, ...] = ()
+    """The same maps before their last activation, where a method asks for them."""
 
 
 def best_classes(logits: Tensor, count: int = 5) -> Tensor:
