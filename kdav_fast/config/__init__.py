@@ -5,11 +5,11 @@ schema does not know stops at start, with the nearest key it does know.
 """
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, KDConfig, NoDistiller, SimKDConfig
 from kdav_fast.config.explain import known_keys
 from kdav_fast.config.loading import apply_overrides, dump_config, flat, load_config, parse_config
+from kdav_fast.config.method import MethodConfig
 from kdav_fast.config.network import ModelConfig, TeacherConfig
-from kdav_fast.config.run import Config
+from kdav_fast.config.run import Config, method_section
 from kdav_fast.config.section import Count, Positive, Section, Triple
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -17,16 +17,12 @@ __all__ = [
     "Config",
     "Count",
     "DataConfig",
-    "DistillerConfig",
-    "KDAVConfig",
-    "KDConfig",
+    "MethodConfig",
     "ModelConfig",
-    "NoDistiller",
     "OptimizerConfig",
     "Positive",
     "ScheduleConfig",
     "Section",
-    "SimKDConfig",
     "TeacherConfig",
     "TrainConfig",
     "Triple",
@@ -35,5 +31,6 @@ __all__ = [
     "flat",
     "known_keys",
     "load_config",
+    "method_section",
     "parse_config",
 ]

@@ -1,19 +1,35 @@
 """The whole config of a run, and what its sections may be combined with."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.distiller import DistillerConfig, KDAVConfig, NoDistiller
+from kdav_fast.config.method import MethodConfig, method_config, method_names
 from kdav_fast.config.network import ModelConfig, TeacherConfig
 from kdav_fast.config.section import ExpandedPath, Section
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
-class Config(Section):
-    """A whole run."""
+def method_section(raw: dict[str, Any]) -> MethodConfig:
+    """A distiller section out of its keys and values; raises pydantic's `ValidationError`, or `ValueError`.
+
+    Loads the method's file, and torch with it.
+    """
+    name = raw.get("name")
+    if name not in method_names():
+        said = "missing" if name is None else repr(name)
+        raise ValueError(f"distiller.name is {said}; allowed: {', '.join(map(repr, method_names()))}")
+    return method_config(name).model_validate(raw)
+
+
+def _as_section(value: Any) -> Any:
+    return method_section(value) if isinstance(value, dict) else value
+
+
+class Sections(Section):
+    """Every section of a run but the method's: what can be validated without loading torch."""
 
     run_dir: ExpandedPath = Path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -21,43 +37,13 @@ class Config(Section):
     model: ModelConfig = ModelConfig()
     """The network that is trained: the student when there is a teacher."""
     teacher: TeacherConfig | None = None
-    """Not used by `distiller.name=none`, so that one file serves labels only as well."""
-    distiller: DistillerConfig = NoDistiller()
+    """Not used by methods without one, so that one file serves labels only as well."""
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()
 
     @model_validator(mode="after")
-    def _combinations(self) -> Self:
-        if self.distiller.name != "none" and self.teacher is None:
-            raise ValueError(
-                f"distiller.name is '{self.distiller.name}' but there is no teacher; set teacher.name"
-            )
-        uses_labels = self.distiller.name in ("none", "kd") or getattr(self.distiller, "weight_label", 0) > 0
-        if self.train.label_smoothing > 0 and not uses_labels:
-            raise ValueError(
-                f"train.label_smoothing does not go with distiller.name '{self.distiller.name}', which uses no labels; "
-                "use train.label_smoothing=0, or, with kdav, distiller.weight_label above 0"
-            )
-        mixing = self.train.mixup > 0 or self.train.cutmix > 0
-        if mixing and isinstance(self.distiller, KDAVConfig) and self.distiller.prototypes == "running":
-            raise ValueError(
-                "distiller.prototypes is 'running' but train.mixup or train.cutmix is on: a mixed image has no "
-                "class; use distiller.prototypes=measured"
-            )
-        self._check_memory()
-        self._check_sharded_optimizer()
-        return self
-
-    def _check_memory(self) -> None:
-        images = self.train.batch_size // self.train.accumulate
-        if isinstance(self.distiller, KDAVConfig) and self.distiller.memory_length < images:
-            raise ValueError(
-                f"distiller.memory_length is {self.distiller.memory_length}, but {images} images enter the memory at "
-                "once (train.batch_size / train.accumulate), and each must be among its candidates; use at least that"
-            )
-
-    def _check_sharded_optimizer(self) -> None:
+    def _check_sharded_optimizer(self) -> Self:
         given = f"optimizer.name is '{self.optimizer.name}' but train.zero_stage is {self.train.zero_stage}"
         if self.train.zero_stage > 0 and self.optimizer.name in ("apex_lamb", "apex_novograd"):
             raise ValueError(
@@ -69,3 +55,30 @@ class Config(Section):
                 f"{given}: it counts a group's steps, and stage 3 may take one in several pieces, each of which would "
                 "count; use optimizer.name=adamw, or train.zero_stage=0, 1 or 2"
             )
+        return self
+
+
+class Config(Sections):
+    """A whole run."""
+
+    distiller: Annotated[SerializeAsAny[MethodConfig], BeforeValidator(_as_section)] = Field(
+        default_factory=lambda: method_section({"name": "none"})
+    )
+    """The method's own section: `Config` in `distillers/NAME.py`."""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        method, train = self.distiller, self.train
+        if method.needs_teacher and self.teacher is None:
+            raise ValueError(f"distiller.name is '{method.name}' but there is no teacher; set teacher.name")
+        method.check_run(train)
+        if train.label_smoothing > 0 and not method.uses_labels:
+            raise ValueError(
+                f"train.label_smoothing does not go with distiller.name '{method.name}', which uses no labels; use "
+                "train.label_smoothing=0"
+            )
+        if (train.mixup > 0 or train.cutmix > 0) and not method.takes_mixed:
+            raise ValueError(
+                f"train.mixup and train.cutmix do not go with distiller.name '{method.name}'; set them to 0"
+            )
+        return self
