@@ -14,7 +14,7 @@ _ON_BAR = {
 """What stands behind the bar, the most important first; `metrics.jsonl` has the rest."""
 
 
-class Progress:
+class StatusLine:
     """Rank 0's view of the run; silent on the others.
 
     Args:

@@ -22,7 +22,7 @@ from kdav_fast.tracking.class_results import ClassTally, write_class_results
 from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.tracking.metrics_log import MetricsLog
 from kdav_fast.tracking.report import PAGE, write_report
-from kdav_fast.tracking.status import Progress
+from kdav_fast.tracking.status import StatusLine
 from kdav_fast.train.checkpoints import begin_checkpoint, restore_checkpoint
 from kdav_fast.train.extension import check_extension, extension_line, is_complete
 from kdav_fast.train.run_data import write_run_data
@@ -120,7 +120,7 @@ def train(
     batches = _endless(parts.loaders.train)
     meter = TrainMeter(cluster)
     guard = SkippedSteps(config.max_skipped_steps)
-    progress = Progress(cluster, step, parts.steps)
+    progress = StatusLine(cluster, step, parts.steps)
     if step:
         progress.say(f"continuing {parts.run_dir} after step {step}")
     with ExitStack() as stack:

@@ -12,7 +12,7 @@ import pytest
 
 from kdav_fast.runtime.progress_bar import MIN_CELLS, ProgressBar
 from kdav_fast.tracking import status as progress_module
-from kdav_fast.tracking.status import Progress
+from kdav_fast.tracking.status import StatusLine
 
 VALUES = {
     "train/loss": 2.3456789,
@@ -73,7 +73,7 @@ def cells(line):
 )
 def test_training_bar(terminal, columns, shown):
     screen = terminal(columns)
-    bar = Progress(First(), 1234, 250_000)
+    bar = StatusLine(First(), 1234, 250_000)
     bar.advance()
     screen.screen()
     bar.show(1235, VALUES)
@@ -90,7 +90,7 @@ def test_training_bar(terminal, columns, shown):
 
 def test_the_bar_follows_the_terminal(terminal):
     screen = terminal(160)
-    bar = Progress(First(), 0, 100)
+    bar = StatusLine(First(), 0, 100)
     bar.show(1, VALUES)
     line = screen.last_line()
     assert all(figure in line for figure in FIGURES)
@@ -115,7 +115,7 @@ def test_other_bars(terminal, columns, name):
 
 def test_an_evaluation_is_a_line_above_the_bar(terminal):
     screen = terminal(80)
-    bar = Progress(First(), 0, 100)
+    bar = StatusLine(First(), 0, 100)
     bar.show(8, {"val/top1": 50.0, "val/loss": 1.25})
     written = screen.screen()
     bar.close()
@@ -129,7 +129,7 @@ def test_without_a_terminal_that_can_there_are_plain_lines(terminal, monkeypatch
     if kind == "dumb":
         screen = terminal(80)
         monkeypatch.setenv("TERM", "dumb")
-    bar = Progress(First(), 0, 100)
+    bar = StatusLine(First(), 0, 100)
     bar.advance()
     bar.show(1, {"train/loss": 2.5, "lr": 0.1})
     for _ in ProgressBar(range(3), "evaluate", disable=None):

@@ -5,20 +5,20 @@ from collections.abc import Callable
 
 import pytest
 
-from kdav_fast.tracking.status import Progress
+from kdav_fast.tracking.status import StatusLine
 
 
 def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], None]) -> None:
     """Do something once `step` optimizer steps of a run in this process are done."""
     taken = 0
 
-    def advance(self: Progress) -> None:
+    def advance(self: StatusLine) -> None:
         nonlocal taken
         taken += 1
         if taken == step:
             action()
 
-    monkeypatch.setattr(Progress, "advance", advance)
+    monkeypatch.setattr(StatusLine, "advance", advance)
 
 
 def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: int = signal.SIGTERM) -> None:

@@ -12,13 +12,13 @@ from safetensors.torch import save_file
 
 from kdav_fast.checkpoint.pieces import training_state
 from kdav_fast.cli import main
-from kdav_fast.tracking.status import Progress
+from kdav_fast.tracking.status import StatusLine
 from kdav_fast.train import loop
 
 
 def stop_after(last: int) -> None:
     """Send this process SIGTERM when the step is done."""
-    advance, restore = Progress.advance, loop.restore_checkpoint
+    advance, restore = StatusLine.advance, loop.restore_checkpoint
     step = 0
 
     def restored(folders, parts):
@@ -34,7 +34,7 @@ def stop_after(last: int) -> None:
         if step == last and os.environ["RANK"] == "0":
             signal.raise_signal(signal.SIGTERM)
 
-    Progress.advance, loop.restore_checkpoint = advancing, restored
+    StatusLine.advance, loop.restore_checkpoint = advancing, restored
 
 
 def show_restored(folder: Path) -> None:
