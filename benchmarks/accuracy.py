@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from kdav_fast.config import Config, load_config
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 RECIPES = Path(__file__).parent.parent / "launch"
 PACKAGES = ("torch", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy")
@@ -309,7 +310,7 @@ def compare(options: argparse.Namespace) -> None:
         "rows": rows,
         "targets": targets(rows),
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
     plot(rows, environment, picture)
     print_table(rows, teacher_top1)
 

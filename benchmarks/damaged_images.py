@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from kdav_fast.data.checks.defects import image_defect
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 VISIBLE_LEVELS, VISIBLE_SHARE = 16, 0.01
 """Damage that is not found counts as visible where more than this share of pixels changed by more levels than that."""
@@ -183,7 +184,7 @@ def run(options: argparse.Namespace) -> None:
         "sound_images_refused": refused,
         "rows": rows,
     }
-    options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(options.json, json.dumps(result, indent=1) + "\n")
     print("| damage | files | found % | by Pillow % | visible, not found % |\n|---|---:|---:|---:|---:|")
     for row in rows:
         shares = (row["found"], row["found_by_pillow"], row["visible_not_found"])

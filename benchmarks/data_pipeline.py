@@ -48,6 +48,7 @@ from kdav_fast.data.resident import decode_once
 from kdav_fast.data.sources.folder import ImageFolder, index_folder
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 EPOCHS = 5
 LONG_EPOCH = 2**17
@@ -316,7 +317,7 @@ def run(options: argparse.Namespace) -> None:
     contenders = start_all(options, images, device)
     measure(contenders, options, device)
     result = {"environment": environment, "settings": settings, **summarise(contenders)}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     plot(result, picture)
     print_table(result)
 

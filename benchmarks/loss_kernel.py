@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdav_fast import kdav_loss
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 SETTINGS = {"kappa_student": 10.0, "kappa_teacher": 10.0, "temperature": 1.0}
 PASSES = ("forward", "backward", "full")
@@ -228,7 +229,7 @@ def run(options: argparse.Namespace) -> None:
         rows += measure(shape, device, options.seconds, rates)
         torch._dynamo.reset()
     noise = widest_spread(rows)
-    path.write_text(json.dumps({"environment": environment, "rows": rows, "noise": noise}, indent=1) + "\n")
+    write_whole(path, json.dumps({"environment": environment, "rows": rows, "noise": noise}, indent=1) + "\n")
     plot(rows, environment, picture)
     warn_if_noisy(noise)
 

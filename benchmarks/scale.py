@@ -30,6 +30,7 @@ from scale_plot import plot
 from timing import quantiles, warn_if_noisy, widest_spread
 
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 SIZES = (4, 4096, 65536, 2**20)
 """Bytes of the timed collectives."""
@@ -217,7 +218,7 @@ def run(options: argparse.Namespace) -> None:
     result = {"environment": environment, "settings": settings, "rows": rows, "pieces": pieces}
     result |= {"noise": widest_spread([piece[name] for piece in pieces for name in ("alone", "run")])}
     result |= {"assumptions": assumptions, "curves": drawn}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    write_whole(path, json.dumps(result, indent=1) + "\n")
     plot(result, picture)
     print_table(result)
 

@@ -54,8 +54,8 @@ from step_plot import plot
 from timing import quantiles, warn_if_noisy, widest_spread
 from timm_peer import PEERS, run_peer, why_not
 
-from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.train.step import PHASES
 
@@ -346,8 +346,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         else tree
     )
     result["rows"] += measure_peers(options, long)
-    write_atomically(options.json, (json.dumps(result, indent=1) + "\n").encode())
-    write_atomically(options.plot, plot(result))
+    write_whole(options.json, json.dumps(result, indent=1) + "\n")
+    write_whole(options.plot, plot(result))
     print_table(result)
 
 

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from kdav_fast.config import Config, parse_config
 from kdav_fast.inference.evaluate import Accuracy, evaluate_file
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.runtime.stopping import STOPPED
@@ -68,7 +69,7 @@ def _run_demo(folder: Path) -> int:
 
     summary = {name: round(accuracy.top1, 2) for name, accuracy in results.items()}
     summary["exported"] = round(exported_accuracy.top1, 2)
-    (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json_text(summary, indent=2) + "\n")
     page = write_report(
         {name: config.run_dir for name, config in configs.items()},
         folder / "report",

@@ -6,7 +6,6 @@ checksums, its own included, gives the folder its name, and lets `latest` name i
 manifest.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,10 +23,10 @@ from kdav_fast.checkpoint.manifest import (
     step_of,
 )
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import TEMPORARY, flush_folder, write_flushed, write_whole
 from kdav_fast.runtime.processes import Cluster
 
 LATEST = "latest"
-_TEMPORARY = ".tmp"
 
 
 class CheckpointFolders:
@@ -79,13 +78,13 @@ class CheckpointFolders:
             InputError: the earlier save failed, or the folder cannot be made.
         """
         self.finish()
-        temporary = self._root / f"step-{step:08d}{_TEMPORARY}"
+        temporary = self._root / f"step-{step:08d}{TEMPORARY}"
 
         def make() -> None:
             self._before_write()
             try:
                 self._root.mkdir(parents=True, exist_ok=True)
-                for leftover in self._root.glob(f"step-*{_TEMPORARY}"):  # of a save that a crash interrupted
+                for leftover in self._root.glob(f"step-*{TEMPORARY}"):  # of a save that a crash interrupted
                     shutil.rmtree(leftover)
                 # They must not count as the newest ones to keep, and the run will come to their steps again.
                 for folder in self._damaged:
@@ -117,8 +116,8 @@ class CheckpointFolders:
             try:
                 if failures:
                     raise _not_written(step, "; ".join(failures))
-                _flushed(temporary / MANIFEST, manifest_bytes({"step": step, **facts, "files": files}))
-                _flush_folder(temporary)
+                write_flushed(temporary / MANIFEST, manifest_bytes({"step": step, **facts, "files": files}))
+                flush_folder(temporary)
                 self._name(step, temporary)
                 self._drop_old()
             except OSError as error:
@@ -174,10 +173,7 @@ class CheckpointFolders:
         self._point_to(folder)
 
     def _point_to(self, folder: Path) -> None:
-        pointer = self._root / (LATEST + _TEMPORARY)
-        _flushed(pointer, f"{folder.name}\n".encode())
-        pointer.replace(self._root / LATEST)
-        _flush_folder(self._root)
+        write_whole(self._root / LATEST, f"{folder.name}\n")
 
     def _mend_pointer(self, folder: Path) -> None:
         """A crash just before the pointer's turn leaves it one behind: of a finished run no save would put it right."""
@@ -198,7 +194,7 @@ class CheckpointFolders:
                 kept.add(max(scored, key=lambda folder: (scores[folder], step_of(folder))))
         for folder in folders:
             if folder not in kept:
-                nameless = folder.rename(folder.with_name(folder.name + _TEMPORARY))
+                nameless = folder.rename(folder.with_name(folder.name + TEMPORARY))
                 shutil.rmtree(nameless, ignore_errors=True)  # a crash leaves no half of a checkpoint
 
 
@@ -212,28 +208,11 @@ def _write_all(folder: Path, contents: Mapping[str, bytes]) -> dict[str, dict[st
     records = {}
     try:
         for name, content in contents.items():
-            _flushed(folder / name, content)
+            write_flushed(folder / name, content)
             records[name] = record_of(content)
     except OSError as error:
         return error.strerror or str(error)
     return records
-
-
-def _flushed(path: Path, content: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    """Wait until the disk has the names in a folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _not_written(step: int, reason: str) -> InputError:

@@ -19,6 +19,7 @@ from typing import NamedTuple, Self
 
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.ending import before_end
+from kdav_fast.runtime.files import write_flushed
 from kdav_fast.runtime.process_identity import ProcessIdentity
 
 FILE_NAME = "run.lock"
@@ -117,10 +118,7 @@ class RunLock:
     def _take(self) -> None:
         draft = self._beside(f"{self._me.token}.new")
         try:
-            with draft.open("w", encoding="utf-8") as file:
-                file.write(self._me.as_json())
-                file.flush()
-                os.fsync(file.fileno())
+            write_flushed(draft, self._me.as_json())
             self._link(draft, self._path)
         finally:
             with suppress(OSError):

@@ -16,6 +16,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.inference.onnx_file import REMEDY, is_onnx, onnx_metadata, read_onnx
 from kdav_fast.inference.trained import unfinished
 from kdav_fast.models import build_stock
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.student.file import (
     CHECKPOINTS,
     FILE_NAME,
@@ -23,7 +24,6 @@ from kdav_fast.student.file import (
     find_student_file,
     read_student,
     student_bytes,
-    write_flushed,
 )
 from kdav_fast.student.student import Student
 
@@ -168,7 +168,7 @@ def _default_folder(file: Path) -> Path:
 def _write(output: Path, content: bytes) -> None:
     """The old file or the new one, whatever happens; a link keeps its place."""
     try:
-        write_flushed(Path(os.path.realpath(output)), content)
+        write_whole(Path(os.path.realpath(output)), content)
     except OSError as error:
         raise InputError(
             f"--output {output} cannot be written: {error.strerror}; give a file that can be written"

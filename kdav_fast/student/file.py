@@ -1,7 +1,6 @@
 """Students on disk: safetensors with a card that says what the weights are and how they were made."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from kdav_fast.checkpoint.manifest import FOLDER_NAME, defect, read_manifest
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
 from kdav_fast.errors import InputError
 from kdav_fast.models import Normalization, build_classifier, load_weights
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.student.heads import HEADS
 from kdav_fast.student.student import HEAD_PREFIX, Student
 
@@ -57,22 +57,7 @@ class StudentCard(Section):
 
 def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> None:
     """Write weights and card: the same bytes for the same content. A crash leaves the old file or the new one."""
-    write_flushed(path, student_bytes(weights, card))
-
-
-def write_flushed(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing, and wait until the disk has it. Makes the folder; raises `OSError`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            # Before the name: a crash of the machine must not leave an empty file under it.
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, student_bytes(weights, card))
 
 
 def student_bytes(weights: dict[str, Tensor], card: StudentCard) -> bytes:

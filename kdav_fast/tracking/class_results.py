@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kdav_fast.data.cache import write_atomically
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.json_text import json_text
 
 if TYPE_CHECKING:  # a report reads results without waiting for torch
@@ -115,9 +115,7 @@ def in_percent(value: float | None) -> str:
 
 def write_class_results(run_dir: Path, results: ClassResults, step: int) -> None:
     """Write a run's `per_class.json`, whole or not at all; raises `OSError`."""
-    write_atomically(
-        run_dir / FILE_NAME, (json_text({"step": step, **results.as_json()}, indent=1) + "\n").encode()
-    )
+    write_whole(run_dir / FILE_NAME, json_text({"step": step, **results.as_json()}, indent=1) + "\n")
 
 
 def read_class_results(run_dir: Path) -> ClassResults | None:

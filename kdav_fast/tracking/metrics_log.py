@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 FILE_NAME = "metrics.jsonl"
 
@@ -34,9 +35,8 @@ class MetricsLog:
         path = run_dir / FILE_NAME
         self._run_dir = run_dir
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             kept = [line for line in _read_lines(path) if line["step"] <= last_step] if path.exists() else []
-            _replace_lines(path, kept)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
             self._file = path.open("a", encoding="utf-8")
             self._events = _Events(run_dir / "tensorboard", last_step + 1)
         except OSError as error:
@@ -137,16 +137,6 @@ def _parse(text: bytes, path: Path, number: int) -> dict[str, Any]:
     if not isinstance(line, dict) or not isinstance(line.get("step"), int):
         raise InputError(f'{path} line {number} is not a JSON object with a whole "step"; delete that line')
     return line
-
-
-def _replace_lines(path: Path, lines: list[dict[str, Any]]) -> None:
-    """All or nothing: a crash in here leaves the old file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line) + "\n" for line in lines)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _as_json(value: float | int | str) -> float | int | str | None:

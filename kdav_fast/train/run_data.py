@@ -6,6 +6,7 @@ from pathlib import Path
 from kdav_fast.config import Config
 from kdav_fast.data.fingerprint import Fingerprint, difference, same_names
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 FILE_NAME = "data.json"
 
@@ -34,9 +35,7 @@ def write_run_data(run_dir: Path, here: Fingerprint) -> None:
     """Write what the run is trained on; `InputError` if it cannot be written."""
     file = run_dir / FILE_NAME
     try:
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(json.dumps(here) + "\n", encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, json.dumps(here) + "\n")
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}; give a folder that can be written") from None
 

@@ -10,6 +10,7 @@ import torch
 from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.precision import Format, auto_of_earlier_versions, resolve_precision
 
 _FILE = "config.yaml"
@@ -113,10 +114,7 @@ def write_run_config(config: Config) -> None:
     """Make the folder and write the resolved config; `InputError` if it cannot be written."""
     file = config.run_dir / _FILE
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(dump_config(config), encoding="utf-8")
-        temporary.replace(file)
+        write_whole(file, dump_config(config))
     except OSError as error:
         raise InputError(
             f"run_dir {config.run_dir}: {error.strerror}; give a folder that can be written"

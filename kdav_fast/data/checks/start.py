@@ -12,10 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from kdav_fast.data.cache import cache_folder, write_atomically
+from kdav_fast.data.cache import cache_folder
 from kdav_fast.data.checks.defects import examine
 from kdav_fast.data.image_set import EncodedImages, ImageSet, printable
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_cached
 from kdav_fast.runtime.progress_bar import ProgressBar
 
 _CHUNK = 256  # images a task of the thread pool: one at a time costs more in bookkeeping than in reading
@@ -77,7 +78,7 @@ def remember_clean(record: Path, images: EncodedImages) -> None:
     """Let `check_images` pass over a split that was as `record` says, and found sound, from now on."""
     content = {"root": printable(str(images.root)), "images": len(images)}
     with contextlib.suppress(OSError):  # the record only saves time: without a writable cache, scan again
-        write_atomically(record, json.dumps(content).encode())
+        write_cached(record, json.dumps(content).encode())
 
 
 def scan(

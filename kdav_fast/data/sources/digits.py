@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kdav_fast.data.cache import cache_folder, write_atomically
+from kdav_fast.data.cache import cache_folder
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_cached
 
 _COUNTS = {"train": 897, "val": 900}
 _CLASSES = frozenset("0123456789")
@@ -76,6 +77,4 @@ def _write(root: Path) -> None:
         for position in positions:
             png = io.BytesIO()
             Image.fromarray(pixels[position]).save(png, "PNG")
-            write_atomically(
-                root / split / str(digits.target[position]) / f"{position:04d}.png", png.getvalue()
-            )
+            write_cached(root / split / str(digits.target[position]) / f"{position:04d}.png", png.getvalue())

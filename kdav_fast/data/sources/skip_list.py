@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kdav_fast.data.cache import write_atomically
 from kdav_fast.data.image_set import ImageSet
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_whole
 
 
 def write_skip_list(path: Path, defects: Iterable[tuple[str, str]]) -> None:
@@ -21,7 +21,7 @@ def write_skip_list(path: Path, defects: Iterable[tuple[str, str]]) -> None:
     """
     content = "".join(f"{name}\t{defect}\n" for name, defect in defects)
     try:
-        write_atomically(path, os.fsencode(content))
+        write_whole(path, os.fsencode(content))
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; give a file that can be written") from None
 

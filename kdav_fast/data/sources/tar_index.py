@@ -19,11 +19,12 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from kdav_fast.data.cache import cache_folder, write_atomically
+from kdav_fast.data.cache import cache_folder
 from kdav_fast.data.formats import IMAGE_SUFFIXES
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.files import write_cached
 from kdav_fast.runtime.progress_bar import ProgressBar
 
 _IMAGE_FIELDS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -250,4 +251,4 @@ def _cache(record: Path, index: ShardIndex) -> None:
     names = np.frombuffer(os.fsencode("\0".join(index.members)), np.uint8)
     np.savez(content, members=names, offsets=index.offsets, sizes=index.sizes, labels=index.labels)
     with suppress(OSError):  # the record only saves time: without a writable cache, index again
-        write_atomically(record, content.getvalue())
+        write_cached(record, content.getvalue())

@@ -42,7 +42,7 @@ def test_several_may_prepare_at_once(tmp_path):
             assert root == tmp_path / "digits"
     train, evaluation = open_folder(tmp_path / "digits")
     assert (len(train), len(evaluation)) == (897, 900)
-    assert not list((tmp_path / "digits").rglob("*.partial"))
+    assert not list((tmp_path / "digits").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize("path", ["notes.txt", "train/cat/1.png"])
