@@ -33,7 +33,7 @@ kernels: install
 	$(BIN)/python -m kdav_fast.kernels.aot --targets sm_80,sm_90,sm_100
 
 # Every CPU preset, one after another on an otherwise idle machine. Accuracy takes the longest, and goes on where it was
-# stopped. The report is benchmarks/results/report.html; the README shows its summary.
+# stopped. The report is benchmarks/results/report.html; docs/benchmarks.md shows its summary.
 bench: install
 	@for folder in "$(CIFAR)/train" "$(PHOTOS)"; do test -d "$$folder" || { echo "make bench: no folder $$folder; \
 	give both: make bench CIFAR=FOLDER PHOTOS=FOLDER" >&2; exit 2; }; done

@@ -1,10 +1,10 @@
-"""All results on one page and in the README: what was measured, on what, and which targets are met.
+"""All results on one page and in `docs/benchmarks.md`: what was measured, on what, and which targets are met.
 
-    python benchmarks/summary.py [--results FOLDER] [--readme FILE]
+    python benchmarks/summary.py [--results FOLDER] [--page FILE]
     python benchmarks/summary.py --compare OLD_FOLDER [--results FOLDER]
 
 Reads the results of the other benchmarks, and writes `report.html`, which opens offline, and `summary.md` beside
-them. The README's text between its two markers becomes that summary. A target without a result is shown as not
+them. The page's text between its two markers becomes that summary. A target without a result is shown as not
 measured. With `--compare`, nothing is written: it prints by how much the medians that two folders share differ.
 """
 
@@ -22,20 +22,20 @@ from kdav_fast.errors import InputError
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 
 
-def replaced(readme: Path, summary: str) -> str:
-    """The README's text with the summary between its markers.
+def replaced(page: Path, summary: str) -> str:
+    """The page's text with the summary between its markers.
 
     Raises:
         InputError: it cannot be read, or its markers are not there once each, in order.
     """
     try:
-        text = readme.read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
     except OSError as error:
-        raise InputError(f"--readme {readme}: {error.strerror}; give the README to update") from None
+        raise InputError(f"--page {page}: {error.strerror}; give the page to update") from None
     begin, end = text.find(BEGIN), text.find(END)
     if not 0 <= begin < end or text.count(BEGIN) != 1 or text.count(END) != 1:
         raise InputError(
-            f"{readme} needs the lines '{BEGIN}' and '{END}' once each, in this order, around the place of the "
+            f"{page} needs the lines '{BEGIN}' and '{END}' once each, in this order, around the place of the "
             "summary; add them"
         )
     return f"{text[: begin + len(BEGIN)]}\n{summary.strip()}\n{text[end:]}"
@@ -50,11 +50,11 @@ def run(options: argparse.Namespace) -> None:
     targets = all_targets(results)
     missing = [name for name in RESULTS if not any(result.benchmark == name for result in results)]
     summary = markdown(results, targets, missing)
-    text = replaced(options.readme, summary)  # before anything is written
+    text = replaced(options.page, summary)  # before anything is written
     try:
         (options.results / "summary.md").write_text(summary, encoding="utf-8")
         (options.results / "report.html").write_text(html_page(results, targets, missing), encoding="utf-8")
-        options.readme.write_text(text, encoding="utf-8")
+        options.page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{error.filename} cannot be written: {error.strerror}") from None
     for target in targets:
@@ -65,9 +65,9 @@ def run(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    readme = RESULT_FOLDER.parent.parent / "README.md"
+    page = RESULT_FOLDER.parent.parent / "docs" / "benchmarks.md"
     parser.add_argument("--results", type=Path, default=RESULT_FOLDER, help="folder (benchmarks/results)")
-    parser.add_argument("--readme", type=Path, default=readme, help="(README.md)")
+    parser.add_argument("--page", type=Path, default=page, help="Markdown (docs/benchmarks.md)")
     parser.add_argument("--compare", type=Path, metavar="OLD_FOLDER", help="results to compare with")
     options = parser.parse_args()
     try:

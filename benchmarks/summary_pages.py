@@ -1,4 +1,4 @@
-"""The summary's two forms: Markdown for the README, and a page that opens offline."""
+"""The summary's two forms: Markdown for `docs/benchmarks.md`, and a page that opens offline."""
 
 import base64
 from html import escape
@@ -43,8 +43,7 @@ def _markdown_table(head: list[str], rows: list[list[str]]) -> str:
 
 def markdown(results: list[Result], targets: list[Target], missing: list[str]) -> str:
     """Targets, then the main tables; the same for the same results."""
-    parts = ["Targets ([report](benchmarks/results/report.html) with all tables and pictures):"]
-    parts.append(_markdown_table(TARGETS, _cells(targets)))
+    parts = ["Targets:", _markdown_table(TARGETS, _cells(targets))]
     for result in results:
         for table in result.tables:
             if table.short:

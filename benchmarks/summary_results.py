@@ -22,7 +22,7 @@ class Table:
     head: list[str]
     rows: list[list[str]]
     short: bool = True
-    """Whether the README shows it too."""
+    """Whether `docs/benchmarks.md` shows it too."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,7 @@ def loader_rows(ratio=3.0):
 
 @pytest.fixture
 def folder(tmp_path):
-    """One small result of every benchmark, a picture and a README."""
+    """One small result of every benchmark, a picture and a page with markers."""
     times = {"eager fp32": 0.8, "eager bf16": 0.9, "compile": 0.6, "chunked": 0.5}
     write(tmp_path, "loss_kernel_cpu", {"rows": loss_rows("B256 d512 L65536 K1000", times)})
     write(tmp_path, "data_pipeline_cpu", loader_rows())
@@ -96,7 +96,7 @@ def folder(tmp_path):
     line = [{"series": "GPUs", "processes": n, "efficiency": 0.5} for n in (1, 8, 64, 1024)]
     write(tmp_path, "scale_cpu", {"rows": [scaled], "curves": line})
     (tmp_path / "scale_cpu.png").write_bytes(PIXEL)
-    (tmp_path / "README.md").write_text(MARKED)
+    (tmp_path / "page.md").write_text(MARKED)
     return tmp_path
 
 
@@ -106,7 +106,7 @@ def summarise(folder, monkeypatch, capsys):
 
     def call(*arguments):
         monkeypatch.syspath_prepend(BENCHMARKS)
-        given = ["--results", str(folder), "--readme", str(folder / "README.md"), *arguments]
+        given = ["--results", str(folder), "--page", str(folder / "page.md"), *arguments]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *given])
         try:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -179,15 +179,15 @@ def test_the_kernel_is_judged_by_the_worse_posterior(folder, summarise):
     assert found["loss, bf16 error over eager bf16's"] == "missed"  # 0.0011
 
 
-def test_the_readme_gets_the_summary_and_keeps_the_rest(folder, summarise):
+def test_the_page_gets_the_summary_and_keeps_the_rest(folder, summarise):
     summarise()
-    once = (folder / "README.md").read_text()
+    once = (folder / "page.md").read_text()
     assert once.startswith("before\n<!-- benchmarks:begin -->\n")
     assert once.endswith("<!-- benchmarks:end -->\nafter\n")
     assert "old" not in once.split("**")[0]
     assert (folder / "summary.md").read_text().strip() in once
     summarise()
-    assert (folder / "README.md").read_text() == once
+    assert (folder / "page.md").read_text() == once
 
 
 def test_missing_results_are_not_measured(folder, summarise):
@@ -215,12 +215,12 @@ def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, conten
     assert code == 2
     assert f"{name} is not a result of" in message
     assert len(message.splitlines()) == 1
-    assert (folder / "README.md").read_text() == MARKED
+    assert (folder / "page.md").read_text() == MARKED
     assert not (folder / "report.html").exists()
 
 
-def test_a_readme_without_its_markers_says_what_to_add(folder, summarise):
-    (folder / "README.md").write_text("no markers\n")
+def test_a_page_without_its_markers_says_what_to_add(folder, summarise):
+    (folder / "page.md").write_text("no markers\n")
     code, _, message = summarise()
     assert code == 2
     assert "'<!-- benchmarks:begin -->' and '<!-- benchmarks:end -->'" in message

@@ -59,7 +59,7 @@ def test_a_head_that_observed_nothing_folds_into_nothing():
 
 def test_the_example_of_the_readme():
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    example = text.split("**From Python:**")[1].split("```python\n")[1].split("```")[0]
+    example = text.split("## From Python")[1].split("```python\n")[1].split("```")[0]
     torch.manual_seed(0)
     labels = torch.arange(2000) % 1000
     teacher_features = F.one_hot(labels, 1000).float() @ torch.randn(1000, 512)
