@@ -10,10 +10,9 @@ import accuracy_data
 import torch
 from accuracy_data import StudyData
 from accuracy_methods import Preset, Task
-from pydantic import TypeAdapter
 from torch import Tensor
 
-from kdav_fast.config import DistillerConfig, ModelConfig, OptimizerConfig, ScheduleConfig
+from kdav_fast.config import ModelConfig, OptimizerConfig, ScheduleConfig, method_section
 from kdav_fast.distillers import Distiller, Target, build_distiller
 from kdav_fast.models import build_classifier
 from kdav_fast.models.outputs import Outputs
@@ -59,7 +58,7 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     torch.manual_seed(task.seed)
     network = build_classifier(model.name, data.classes, width=model.width, init=task.init)
     distiller = build_distiller(
-        TypeAdapter(DistillerConfig).validate_python(task.distiller),
+        method_section(task.distiller),
         student_width=network.feature_width,
         teacher_classifier=data.teacher_classifier(),
         classes=data.classes,

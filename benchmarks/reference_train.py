@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from kdav_fast.config import Config, DataConfig, KDAVConfig, KDConfig, ModelConfig, load_config
+from kdav_fast.config import Config, DataConfig, MethodConfig, ModelConfig, load_config
 from kdav_fast.models import ImageClassifier, build_classifier, load_weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -113,7 +113,7 @@ class KDAVLoss:
     """Membership and prediction terms, over a memory of the last L teacher embeddings of all ranks."""
 
     def __init__(
-        self, config: KDAVConfig, width: int, classes: int, dtype: torch.dtype, device: torch.device
+        self, config: MethodConfig, width: int, classes: int, dtype: torch.dtype, device: torch.device
     ):
         self.config, length, self.ids = config, config.memory_length, config.posterior == "ids"
         self.embedding = torch.zeros(length, width, dtype=dtype, device=device)
@@ -147,7 +147,7 @@ class KDAVLoss:
         self.filled = min(self.filled + len(embedding), length)
 
 
-def kd_loss(student: Tensor, teacher: Tensor, hard: Tensor, config: KDConfig) -> Tensor:
+def kd_loss(student: Tensor, teacher: Tensor, hard: Tensor, config: MethodConfig) -> Tensor:
     """Divergence of B x K logits from the teacher's, and `hard`, the cross-entropy with the labels."""
     log_p = F.log_softmax(student / config.temperature, dim=1)
     log_q = F.log_softmax(teacher / config.temperature, dim=1)
@@ -195,7 +195,7 @@ class Trainer:
             given = getattr(getattr(config, section), name, known)
             if given != known:
                 raise ValueError(f"{key} is {given!r}; the reference knows only {known!r}")
-        self.config, self.kdav = config, isinstance(config.distiller, KDAVConfig)
+        self.config, self.kdav = config, config.distiller.name == "kdav"
         self.rank, self.world, self.device = join_processes(config.device)
         batch_size = config.train.batch_size
         if batch_size % self.world:

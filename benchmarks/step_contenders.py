@@ -19,7 +19,7 @@ from reference_train import Trainer
 from timing import peak_extra_bytes, wait_until_idle
 from torch import Tensor
 
-from kdav_fast.config import Config, NoDistiller
+from kdav_fast.config import Config, method_section
 from kdav_fast.data import Batch, Images, build_loaders
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.tracking.meter import TrainMeter
@@ -224,7 +224,7 @@ class Builder:
         if name == TEACHER:
             return Contender(name, lambda: self._fast_parts.teacher(self._start.images))
         if name == STUDENT:
-            config = self._fast_config.model_copy(update={"distiller": NoDistiller()})
+            config = self._fast_config.model_copy(update={"distiller": method_section({"name": "none"})})
             return self._stepping(name, self._parts(config), repeat(self._batch), 0)
         parts = self._parts(self._config) if name == SLOW else self._fast_parts
         self._take_first_step(name, parts)
