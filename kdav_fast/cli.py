@@ -8,16 +8,13 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import Any, NoReturn
 
 from kdav_fast.errors import InputError, RankLostError, lack_of_means
 from kdav_fast.runtime.interrupts import INTERRUPTED, STOPPED, Interrupts
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.say import say_once
 from kdav_fast.runtime.versions import versions
-
-if TYPE_CHECKING:
-    from kdav_fast.config import Config
 
 # torch reads it when it is imported. Its stacks and warnings about a lost connection would come before the line that
 # names the lost process.
@@ -225,8 +222,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(config: "Config", options: argparse.Namespace) -> int:
+def _run(raw: dict[str, Any], options: argparse.Namespace) -> int:
+    from kdav_fast.config import parse_config
+
     say_once("loading PyTorch")
+    config = parse_config(raw)
     if options.check:
         from kdav_fast.train.check import check_training
 
@@ -244,21 +244,24 @@ def _run(config: "Config", options: argparse.Namespace) -> int:
 
 
 def _distill(options: argparse.Namespace) -> int:
-    from kdav_fast.config import load_config
+    from kdav_fast.config import parse_sections, read_config
 
-    return _run(load_config(options.config, options.overrides), options)
+    raw = read_config(options.config, options.overrides)
+    parse_sections(raw)  # a mistake there need not wait for torch
+    return _run(raw, options)
 
 
 def _train(options: argparse.Namespace) -> int:
-    from kdav_fast.config import load_config
+    from kdav_fast.config import parse_sections, read_config
 
-    config = load_config(options.config, options.overrides)
-    if config.distiller.name != "none":
+    raw = read_config(options.config, options.overrides)
+    method = parse_sections(raw).distiller.name
+    if method != "none":
         raise InputError(
-            f"distiller.name is '{config.distiller.name}', but 'kdav train' learns from labels only; "
+            f"distiller.name is '{method}', but 'kdav train' learns from labels only; "
             "use 'kdav distill', or set distiller.name=none"
         )
-    return _run(config, options)
+    return _run(raw, options)
 
 
 def _evaluate(options: argparse.Namespace) -> int:

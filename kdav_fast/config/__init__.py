@@ -6,10 +6,18 @@ schema does not know stops at start, with the nearest key it does know.
 
 from kdav_fast.config.data import DataConfig
 from kdav_fast.config.explain import known_keys
-from kdav_fast.config.loading import apply_overrides, dump_config, flat, load_config, parse_config
-from kdav_fast.config.method import MethodConfig
+from kdav_fast.config.loading import (
+    apply_overrides,
+    dump_config,
+    flat,
+    load_config,
+    parse_config,
+    parse_sections,
+    read_config,
+)
+from kdav_fast.config.method import MethodConfig, method_section
 from kdav_fast.config.network import ModelConfig, TeacherConfig
-from kdav_fast.config.run import Config, method_section
+from kdav_fast.config.run import Config, Sections
 from kdav_fast.config.section import Count, Positive, Section, Triple
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 
@@ -23,6 +31,7 @@ __all__ = [
     "Positive",
     "ScheduleConfig",
     "Section",
+    "Sections",
     "TeacherConfig",
     "TrainConfig",
     "Triple",
@@ -33,4 +42,6 @@ __all__ = [
     "load_config",
     "method_section",
     "parse_config",
+    "parse_sections",
+    "read_config",
 ]

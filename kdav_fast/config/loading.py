@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.config.explain import explain
-from kdav_fast.config.run import Config
+from kdav_fast.config.run import Config, Sections
 from kdav_fast.errors import InputError, shown
 
 
@@ -22,9 +22,14 @@ def load_config(path: Path | None, overrides: list[str] = ()) -> Config:
     Raises:
         InputError: the file cannot be read, or a key or value is not in the schema.
     """
+    return parse_config(read_config(path, overrides))
+
+
+def read_config(path: Path | None, overrides: list[str] = ()) -> dict[str, Any]:
+    """The keys and values that `load_config` would validate."""
     raw = _read_yaml(path) if path else {}
     apply_overrides(raw, overrides)
-    return parse_config(raw)
+    return raw
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
@@ -34,11 +39,23 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
 
 
 def parse_config(raw: dict[str, Any]) -> Config:
-    """Validate a plain dictionary; raises `InputError` that names the first offending key."""
+    """Validate a plain dictionary; raises `InputError` that names the first offending key.
+
+    Loads the method's file, and torch with it, if nothing is wrong with what needs neither.
+    """
+    method = parse_sections(raw).distiller.name
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        raise InputError(explain(error, raw)) from None
+        raise InputError(explain(error, method)) from None
+
+
+def parse_sections(raw: dict[str, Any]) -> Sections:
+    """Validate all but the keys of the method, without torch; raises as `parse_config` does."""
+    try:
+        return Sections.model_validate(raw)
+    except ValidationError as error:
+        raise InputError(explain(error)) from None
 
 
 def dump_config(config: Config) -> str:

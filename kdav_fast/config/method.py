@@ -1,21 +1,51 @@
-"""The distiller section: which methods there are, and what every method's section says of the runs it goes with."""
+"""The distiller section: which methods there are, and what every method's section says of the runs it goes with.
 
-from functools import cache
+A method's own keys are in its file, which loads torch. Its name can be looked at before.
+"""
+
+import inspect
 from importlib import import_module
-from importlib.resources import files
-from typing import ClassVar
+from importlib.util import find_spec
+from pkgutil import iter_modules
+from typing import Annotated, Any, ClassVar
+
+from pydantic import AfterValidator, ConfigDict
 
 from kdav_fast.config.section import Section
 from kdav_fast.config.training import TrainConfig
 
 _HOME = "kdav_fast.distillers"
-_INTERFACE = ("__init__.py", "base.py", "phases.py")
+_INTERFACE = ("base", "phases")
+
+
+def method_names() -> tuple[str, ...]:
+    """Every method there is: one a file of `distillers/`; `none`, the default, first."""
+    files = iter_modules(find_spec(_HOME).submodule_search_locations)
+    names = (file.name for file in files if not file.ispkg and file.name not in _INTERFACE)
+    return tuple(sorted(names, key=lambda name: (name != "none", name)))
+
+
+def _known(name: str) -> str:
+    if name not in method_names():
+        raise ValueError(f"allowed: {', '.join(map(repr, method_names()))}")
+    return name
+
+
+class NamedMethod(Section):
+    """A distiller section before its method's file is loaded: a name, and keys of which nothing is known yet."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: Annotated[str, AfterValidator(_known)]
 
 
 class MethodConfig(Section):
     """What a method's own section, `Config` in its file, is made of: keys, defaults, and what it asks of a run.
 
     The class variables may be properties instead, where they depend on the section's values.
+
+    Raises:
+        TypeError: a method's section has a key that is called as something of this class.
     """
 
     name: str
@@ -27,19 +57,35 @@ class MethodConfig(Section):
     takes_mixed: ClassVar[bool] = True
     """Whether it can use images of mixup and CutMix, whose labels are class shares."""
 
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for key in inspect.get_annotations(cls):
+            if key in cls.model_fields and (key in MethodConfig.model_fields or hasattr(MethodConfig, key)):
+                raise TypeError(
+                    f"{cls.__module__}.{cls.__qualname__} has the key '{key}', which is MethodConfig's; give the key "
+                    "another name, or, where a class variable is meant, leave out its annotation"
+                )
+
     def check_run(self, train: TrainConfig) -> None:
         """Raise `ValueError`, which names the keys, for a run that the method does not go with."""
 
 
-@cache
-def method_names() -> tuple[str, ...]:
-    """Every method there is: one a file of `distillers/`."""
-    found = (file.name for file in files(_HOME).iterdir() if file.is_file())
-    return tuple(
-        sorted(name.removesuffix(".py") for name in found if name.endswith(".py") and name not in _INTERFACE)
-    )
-
-
 def method_config(name: str) -> type[MethodConfig]:
-    """The section of a method of `method_names`. Loads its file, and torch with it."""
-    return import_module(f"{_HOME}.{name}").METHOD.Config
+    """The section of a method of `method_names`. Loads its file, and torch with it.
+
+    Raises:
+        TypeError: the file does not say what its method is.
+    """
+    file = import_module(f"{_HOME}.{name}")
+    config = getattr(getattr(file, "METHOD", None), "Config", None)
+    if not (inspect.isclass(config) and issubclass(config, MethodConfig)):
+        raise TypeError(f"{file.__file__}: METHOD must be a Distiller whose Config is a MethodConfig")
+    return config
+
+
+def method_section(raw: dict[str, Any]) -> MethodConfig:
+    """A distiller section out of its keys and values; raises pydantic's `ValidationError`.
+
+    Loads the method's file, and torch with it.
+    """
+    return method_config(NamedMethod.model_validate(raw).name).model_validate(raw)

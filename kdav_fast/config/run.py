@@ -6,22 +6,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.method import MethodConfig, method_config, method_names
+from kdav_fast.config.method import MethodConfig, NamedMethod, method_section
 from kdav_fast.config.network import ModelConfig, TeacherConfig
 from kdav_fast.config.section import ExpandedPath, Section
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
-
-
-def method_section(raw: dict[str, Any]) -> MethodConfig:
-    """A distiller section out of its keys and values; raises pydantic's `ValidationError`, or `ValueError`.
-
-    Loads the method's file, and torch with it.
-    """
-    name = raw.get("name")
-    if name not in method_names():
-        said = "missing" if name is None else repr(name)
-        raise ValueError(f"distiller.name is {said}; allowed: {', '.join(map(repr, method_names()))}")
-    return method_config(name).model_validate(raw)
 
 
 def _as_section(value: Any) -> Any:
@@ -29,7 +17,7 @@ def _as_section(value: Any) -> Any:
 
 
 class Sections(Section):
-    """Every section of a run but the method's: what can be validated without loading torch."""
+    """Every section of a run, of the method's own one only the name: what is validated without loading torch."""
 
     run_dir: ExpandedPath = Path("runs/default")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -38,6 +26,7 @@ class Sections(Section):
     """The network that is trained: the student when there is a teacher."""
     teacher: TeacherConfig | None = None
     """Not used by methods without one, so that one file serves labels only as well."""
+    distiller: NamedMethod = NamedMethod(name="none")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     train: TrainConfig = TrainConfig()

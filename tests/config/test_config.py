@@ -2,7 +2,8 @@
 
 import pytest
 
-from kdav_fast.config import Config, KDAVConfig, dump_config, load_config, parse_config
+from kdav_fast.config import Config, dump_config, load_config, parse_config
+from kdav_fast.distillers.kdav import KDAV
 from kdav_fast.errors import InputError
 
 TEACHER = ["teacher.name=cifar:resnet14", "teacher.checkpoint=teacher"]
@@ -35,7 +36,7 @@ def test_numbers_may_be_written_as_one_writes_them(text):
 def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text("teacher: {name: a, checkpoint: b}\ndistiller: {name: kdav, kappa_student: 3}\n")
-    assert load_config(file, ["distiller.kappa_teacher=4"]).distiller == KDAVConfig(
+    assert load_config(file, ["distiller.kappa_teacher=4"]).distiller == KDAV.Config(
         name="kdav", kappa_student=3, kappa_teacher=4
     )
     assert load_config(file, ["distiller.name=kd", "distiller.alpha=0.5"]).distiller.alpha == 0.5

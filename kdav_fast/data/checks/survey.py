@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from kdav_fast.config import DataConfig, apply_overrides, parse_config
+from kdav_fast.config import DataConfig, apply_overrides, parse_sections
 from kdav_fast.data.checks.class_tree import ClassTree, Remark, compare_classes, walk_classes
 from kdav_fast.data.checks.defects import examine
 from kdav_fast.data.checks.start import DECODING_CHUNK, clean_record, remember_clean, scan
@@ -89,7 +89,7 @@ def config_of(folder: Path, overrides: list[str]) -> DataConfig:
     folder = folder.expanduser()
     raw = {"data": {"name": "webdataset" if _holds_shards(folder) else "folder", "root": str(folder)}}
     apply_overrides(raw, overrides)
-    config = parse_config(raw).data
+    config = parse_sections(raw).data
     if config.root != folder:
         raise InputError(f"data.root is {config.root} but FOLDER is {folder}; drop the override data.root")
     return config
