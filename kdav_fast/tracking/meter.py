@@ -1,15 +1,20 @@
 """Training metrics, summed on the device and read back once a logging interval."""
 
+from __future__ import annotations
+
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from kdav_fast.distillers import Losses, Target
 from kdav_fast.models.outputs import best_classes
 from kdav_fast.runtime.processes import Cluster
+
+if TYPE_CHECKING:
+    from kdav_fast.data.batch import Batch
 
 
 def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,19 +45,28 @@ class TrainMeter:
         if name == "data":
             self._waited += time.perf_counter() - started
 
-    def update(self, logits: Tensor, losses: Losses, target: Target) -> None:
-        """Add one batch; asks nothing of the device that it would have to be waited for."""
-        images = target.valid.sum()
-        top1, top5 = correct_counts(logits.detach(), target.foremost, target.valid)
-        values = {"loss": losses.total.detach(), **losses.parts}
+    def update(self, logits: Tensor, batch: Batch, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
+        """Add one batch; asks nothing of the device that it would have to be waited for.
+
+        Args:
+            logits: V*B x K.
+            batch: what they answer.
+            loss: scalar, a mean over valid rows.
+            parts: of it, by name; the same.
+        """
+        images = batch.valid.sum()
+        top1, top5 = correct_counts(logits.detach(), batch.foremost_rows, batch.valid_rows)
+        values = {"loss": loss.detach()} | {f"loss/{name}": value for name, value in parts.items()}
         sums = {name: value.double() * images for name, value in values.items()}
-        sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}
+        sums |= {"top1": 100.0 * top1 / batch.views, "top5": 100.0 * top5 / batch.views, "images": images}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
         self._timed_images = self._timed_images + images
 
     def read(self) -> dict[str, float]:
-        """The interval's metrics under their logged keys; starts the next interval.
+        """The interval's metrics under their logged keys, `train/loss` and `train/loss/PART` among them.
+
+        Starts the next interval.
 
         Of an interval without any `update`, which is one whose steps were all skipped, only how fast it went.
         """

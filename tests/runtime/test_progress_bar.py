@@ -18,8 +18,8 @@ VALUES = {
     "train/loss": 2.3456789,
     "train/top1": 45.678,
     "images_per_second": 12345.6,
-    "train/membership_kl": 1.23456,
-    "train/prediction_kl": 1.23456,
+    "train/loss/membership_kl": 1.23456,
+    "train/loss/prediction_kl": 1.23456,
     "data_wait_share": 0.01,
     "lr": 0.1,
 }

@@ -1,4 +1,4 @@
-"""The small parts of training, each alone: mixing, precision, metrics, teacher."""
+"""The small parts of training, each alone: mixing, precision, teacher."""
 
 import copy
 
@@ -8,11 +8,9 @@ import torch.nn.functional as F
 
 from kdav_fast.config import OptimizerConfig, TrainConfig
 from kdav_fast.data import Batch
-from kdav_fast.distillers import Losses, Target
 from kdav_fast.models import IMAGENET, Normalization, build_classifier, renormalization
 from kdav_fast.runtime.processes import Cluster, start_cluster
 from kdav_fast.teachers.frozen import FrozenTeacher
-from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.train.engine import StudentEngine
 from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.optimizer import build_optimizer
@@ -65,32 +63,6 @@ def test_both_mixings_take_turns():
         images, _ = mix(batch)
         kinds.add(bool(((images == batch.images) | (images == batch.images.roll(1, 0))).all()))
     assert kinds == {True, False}
-
-
-def test_meter_counts_a_mixed_image_for_the_class_of_the_largest_share():
-    meter = TrainMeter(ALONE)
-    shares = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
-    target = Target(torch.tensor([0, 0]), torch.tensor([True, True]), shares)
-    meter.update(shares, Losses(torch.tensor(0.0), {}), target)
-    assert meter.read()["train/top1"] == 100
-
-
-def test_meter_means_over_valid_images():
-    meter = TrainMeter(ALONE)
-    valid = torch.tensor([True, True, False])
-    scores = torch.arange(7.0)
-    logits = torch.stack([-scores, scores, scores])  # class 0 leads the first row, class 6 the others
-    target = Target(torch.tensor([0, 1, 2]), valid)
-    meter.update(logits, Losses(torch.tensor(2.0), {"part": torch.tensor(1.0)}), target)
-    one = Target(torch.tensor([3]), torch.tensor([True]))
-    meter.update(-scores[None], Losses(torch.tensor(5.0), {"part": torch.tensor(4.0)}), one)
-    values = meter.read()
-    assert values["train/loss"] == pytest.approx((2 * 2 + 5) / 3)
-    assert values["train/part"] == pytest.approx((2 * 1 + 4) / 3)
-    assert values["train/top1"] == pytest.approx(100 / 3)
-    assert values["train/top5"] == pytest.approx(200 / 3)  # the second row puts its class 1 sixth
-    assert values["images_per_second"] > 0
-    assert 0 <= values["data_wait_share"] <= 1
 
 
 def test_teacher_sees_its_own_normalisation_and_never_changes():

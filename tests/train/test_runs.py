@@ -42,10 +42,10 @@ def test_a_run_folder_holds_what_the_design_promises(small_config, kdav_sections
     evaluations = [line for line in lines if "val/top1" in line]
     assert [line["step"] for line in training] == [3, 6, 9, 12, 15, 18, 21, 24]
     assert [line["step"] for line in evaluations] == [8, 16, 24]
-    for key in ("train/membership_kl", "train/prediction_kl", "train/top1", "train/top5", "lr"):
+    for key in ("train/loss/membership_kl", "train/loss/prediction_kl", "train/top1", "train/top5", "lr"):
         assert key in training[0]
     for line in training:
-        parts = line["train/membership_kl"] + line["train/prediction_kl"]
+        parts = line["train/loss/membership_kl"] + line["train/loss/prediction_kl"]
         assert line["train/loss"] == pytest.approx(parts, rel=1e-5)
     assert evaluations[-1]["val/images"] == 900
     assert evaluations[-1]["val/top1"] == accuracy.top1

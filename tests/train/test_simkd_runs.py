@@ -38,7 +38,7 @@ def check_classifier(run_dir, teacher_run):
 def test_trains_and_its_export_in_the_stock_architecture_answers_the_same(simkd_config, teacher_run):
     config = simkd_config("run", distiller={"name": "simkd"})
     accuracy = run_training(config)
-    losses = [line["train/feature_mse"] for line in read_metrics(config.run_dir) if "train/loss" in line]
+    losses = [line["train/loss/feature_mse"] for line in read_metrics(config.run_dir) if "train/loss" in line]
     assert losses[-1] < 0.8 * losses[0]
     check_classifier(config.run_dir, teacher_run)
 
