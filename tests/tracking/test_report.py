@@ -129,17 +129,27 @@ def test_an_unknown_number_gets_a_plot_and_text_does_not(figures_of):
         "grad_norm": 1.0,
         "train/skipped_steps": 2,
         "time/forward_ms": 3.0,
-        "train/hint": 1.0,
+        "train/loss/hint": 1.0,
+        "train/loss/discount_kl": 1.0,
+        "train/count": 4,
         "note": "x",
     }
     figures = figures_of({"a": training(**more)})
     panels = {name: [axes.get_ylabel() for axes in figure.axes] for name, figure in figures.items()}
-    assert panels["losses"] == ["loss (nats)", "hint"]
-    assert panels["other"] == ["grad norm", "skipped steps"]
+    assert panels["losses"] == ["loss (nats)", "hint", "discount KL (nats)"]
+    assert panels["other"] == ["grad norm", "skipped steps", "count"]
     assert panels["time"] == ["time/forward ms (ms)"]
     assert panels["accuracy"] == ["top-1 accuracy (%)"]
     assert len(figures["accuracy"].axes[0].get_lines()) == 2  # of training and validation
     assert "note" not in str(panels)
+
+
+def test_the_parts_of_a_loss_that_earlier_versions_logged_beside_it_still_have_their_curves(figures_of):
+    old, new = training(**{"train/membership_kl": 0.5}), training(**{"train/loss/membership_kl": 0.5})
+    figures = figures_of({"old": old, "new": new})
+    panels = {name: [axes.get_ylabel() for axes in figure.axes] for name, figure in figures.items()}
+    assert panels["losses"] == ["loss (nats)", "membership KL (nats)"]
+    assert panels["other"] == ["membership KL (nats)"]
 
 
 @pytest.mark.parametrize("key", ["../escape/x", "a b/../c", "é/x"])
@@ -189,7 +199,12 @@ def test_smoothing_takes_noise_and_leaves_schedules_and_outliers(figures_of):
     noise = [1 + (-1.0) ** i / 10 for i in range(300)]
     noise[150], noise[50] = 1000.0, None
     lines = [
-        {"step": i, "train/noise": value, "train/falling": i // 50, "train/wave": math.cos(i / 100)}
+        {
+            "step": i,
+            "train/loss/noise": value,
+            "train/loss/falling": i // 50,
+            "train/loss/wave": math.cos(i / 100),
+        }
         for i, value in enumerate(noise)
     ]
     noisy, falling, wave = figures_of({"a": lines})["losses"].axes
