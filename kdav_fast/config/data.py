@@ -9,7 +9,9 @@ from kdav_fast.config.section import (
     ExpandedPath,
     Fraction,
     Lenient,
+    MayChange,
     NonNegative,
+    OfMachine,
     Range,
     Section,
     Triple,
@@ -30,10 +32,10 @@ class DataConfig(Section):
     name: Literal["digits", "folder", "webdataset", "cifar10", "cifar100", "stl10"] = "digits"
     """`digits`: scikit-learn's handwritten digits as PNG files; `folder`: a tree of class folders (ImageNet and
     Tiny-ImageNet as published are such trees); `webdataset`: tar shards; the others: published archives."""
-    root: ExpandedPath | None = None
+    root: MayChange[ExpandedPath | None] = None
     """`folder`: holds `train/CLASS/*.jpg` and `val/` or `test/`. `webdataset`: holds the shards. Archives: the
     archive, the folder it was extracted to, or the folder that holds either. `digits`: the cache folder."""
-    download: bool = False
+    download: MayChange[bool] = False
     """Fetch the published archive into `root` if it is not there: `cifar10`, `cifar100` and `stl10`."""
     val_labels: ExpandedPath | None = None
     """`folder` with all evaluation images in one folder: the file that names each one's class. Default: the one
@@ -42,7 +44,7 @@ class DataConfig(Section):
     """Leave out the images that this file names, such as `kdav data check --quarantine` writes it."""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOW_MAX_PIXELS)] = 100_000_000
     """Images with more pixels stop the run before it begins: decoding a few of them would fill the memory."""
-    check: Literal["decode", "ends"] = "decode"
+    check: MayChange[Literal["decode", "ends"]] = "decode"
     """What is looked at before a run begins, and not again as long as no file changes: all pixels of every image, which
     finds damage that decoders pass over in silence, or only the ends and the header of each file."""
     train_subset: Count | None = None
@@ -51,17 +53,17 @@ class DataConfig(Section):
     loader: Literal["dali", "torchvision"] = "dali"
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes. `auto`: on the GPU if there is one."""
-    hw_decoder_load: Fraction = 0.9
+    hw_decoder_load: OfMachine[Fraction] = 0.9
     """Share of a batch's JPEGs that goes to the GPU's hardware decoder, where it has one; the rest is decoded by
     its multiprocessors."""
     resident: bool = False
     """Decode every image once, keep it as `image_size` x `image_size` bytes in the memory of the device, and augment
     from there. Crops are then taken from that square. For sets that fit, in each process."""
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    workers: OfMachine[Annotated[int, Field(ge=1, le=1024)] | None] = None
     """Decoding threads or processes a rank. Default: the rank's share of the cores."""
-    on_reshard: Literal["refuse", "restart_epoch"] = "refuse"
+    on_reshard: MayChange[Literal["refuse", "restart_epoch"]] = "refuse"
     """Continuing with another number of processes: an error, or the epoch from its beginning."""
-    on_change: Literal["refuse", "accept"] = "refuse"
+    on_change: MayChange[Literal["refuse", "accept"]] = "refuse"
     """Continuing with files of the same names but other content than the run began with: an error, or accepted."""
 
     image_size: Annotated[int, Field(ge=8)] = 224

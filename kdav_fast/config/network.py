@@ -4,7 +4,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from kdav_fast.config.section import ExpandedPath, Positive, Section, Triple
+from kdav_fast.config.section import ExpandedPath, MayChange, Positive, Section, Triple
 
 
 class ModelConfig(Section):
@@ -67,7 +67,7 @@ class TeacherConfig(ModelConfig):
     precision: Literal["train", "fp32", "bf16", "fp16"] = "train"
     """Number format it computes in. `train`: as `train.precision`; `bf16` also beside an fp32 student, at half the
     cost where the processor has it. Its answers are float32 in any case."""
-    sharded: bool = False
+    sharded: MayChange[bool] = False
     """Spread its weights over all processes (ZeRO-3 inference), for a teacher that does not fit on one GPU."""
 
     @model_validator(mode="after")

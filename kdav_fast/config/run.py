@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 from kdav_fast.config.data import DataConfig
 from kdav_fast.config.method import MethodConfig, NamedMethod, method_section
 from kdav_fast.config.network import ModelConfig, TeacherConfig
-from kdav_fast.config.section import ExpandedPath, Section
+from kdav_fast.config.section import ExpandedPath, MayChange, Section
 from kdav_fast.config.training import OptimizerConfig, ScheduleConfig, TrainConfig
 
 
@@ -19,8 +19,8 @@ def _as_section(value: Any) -> Any:
 class Sections(Section):
     """Every section of a run, of the method's own one only the name: what is validated without loading torch."""
 
-    run_dir: ExpandedPath = Path("runs/default")
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    run_dir: MayChange[ExpandedPath] = Path("runs/default")
+    device: MayChange[Literal["auto", "cpu", "cuda"]] = "auto"
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     """The network that is trained: the student when there is a teacher."""

@@ -1,8 +1,9 @@
 """What every section of the config is made of."""
 
 import os
+from enum import Enum, auto
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -35,6 +36,19 @@ def _beta(parameter: float) -> float:
     return parameter
 
 
+class Mark(Enum):
+    """What is known of a key beyond its values."""
+
+    MAY_CHANGE = auto()
+    OF_MACHINE = auto()
+
+
+_Type = TypeVar("_Type")
+MayChange = Annotated[_Type, Mark.MAY_CHANGE]
+"""Of a key that says where or how fast a run runs, not what it computes: it may change on a restart."""
+OfMachine = Annotated[_Type, Mark.MAY_CHANGE, Mark.OF_MACHINE]
+"""Of a key that, besides, may differ among a run's processes: it says how the machine of each one works."""
+
 # YAML knows neither tuples nor paths: these two are made from lists and strings, all else is as given.
 Lenient = Field(strict=False)
 Triple = Annotated[tuple[float, float, float], Lenient]
@@ -52,3 +66,15 @@ class Section(BaseModel):
     """A part of the config: unknown keys are errors, values cannot change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def keys_marked(mark: Mark, section: Section, prefix: str = "") -> set[str]:
+    """The dotted keys of a section, and of those within it, that bear the mark."""
+    keys = set()
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            keys |= keys_marked(mark, value, f"{prefix}{name}.")
+        elif mark in field.metadata:
+            keys.add(prefix + name)
+    return keys

@@ -10,7 +10,9 @@ from kdav_fast.config.section import (
     ExpandedPath,
     Fraction,
     Lenient,
+    MayChange,
     NonNegative,
+    OfMachine,
     Positive,
     Section,
 )
@@ -82,18 +84,18 @@ class TrainConfig(Section):
     """Of the networks; weights and loss stay in float32. `auto`: bf16 where the GPU has it, or where the
     CPU has and images are of 32 pixels or more, else fp32 (docs/precision.md); a run keeps what it began with. `fp16`
     scales the loss, so that small gradients do not vanish."""
-    max_skipped_steps: Count = 20
+    max_skipped_steps: MayChange[Count] = 20
     """A step whose loss or gradient is not finite is skipped; so many in a row stop the run."""
     cudnn_benchmark: bool = True
     """On a GPU, try cuDNN's convolutions at the first step and keep the fastest; shapes never change in a run."""
-    keep_freed_memory: bool = True
+    keep_freed_memory: OfMachine[bool] = True
     """On a CPU with glibc, memory that a step frees stays with the process for the next one and does not go back to
     the system, unless the environment says otherwise (`MALLOC_*`, `GLIBC_TUNABLES`)."""
     sync_batchnorm: bool = False
     """BatchNorm statistics over all processes instead of each one's own."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    zero_stage: MayChange[Annotated[int, Field(ge=0, le=3)]] = 0
     """How far DeepSpeed shards the student's training state: not, optimizer, gradients, weights."""
-    deepspeed: ExpandedPath | None = None
+    deepspeed: MayChange[ExpandedPath | None] = None
     """JSON file with further settings of DeepSpeed, such as launch/deepspeed/overlap.json."""
     clip_grad_norm: NonNegative = 0.0
     """0: off."""
@@ -110,13 +112,13 @@ class TrainConfig(Section):
     """Epochs between evaluations; 0: only at the end."""
     save_every: NonNegative = 1.0
     """Epochs between checkpoints; 0: only when stopped by a signal."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: MayChange[Count] = 2
     """The newest ones to keep."""
-    keep_best: bool = True
+    keep_best: MayChange[bool] = True
     """Keep, besides them, the checkpoint of the highest accuracy: of those saved where the run also evaluates."""
-    async_checkpoints: bool = False
+    async_checkpoints: MayChange[bool] = False
     """Write checkpoints while training goes on; a failure stops the run a little later."""
-    comm_timeout: Positive = 600.0
+    comm_timeout: MayChange[Positive] = 600.0
     """Seconds that a process waits for another one's part of a step before the run is given up."""
 
     @model_validator(mode="after")

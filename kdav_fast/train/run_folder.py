@@ -9,34 +9,12 @@ import torch
 
 from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
+from kdav_fast.config.section import Mark, keys_marked
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.precision import Format, auto_of_earlier_versions, resolve_precision
 
 _FILE = "config.yaml"
-# These say where and how fast a run runs, not what it computes: they may change on a restart.
-_FREE = {
-    "run_dir",
-    "device",
-    "data.check",
-    "data.root",
-    "data.download",
-    "data.workers",
-    "data.hw_decoder_load",
-    "data.on_change",
-    "data.on_reshard",
-    "teacher.sharded",
-    "train.async_checkpoints",
-    "train.comm_timeout",
-    "train.deepspeed",
-    "train.keep_best",
-    "train.keep_checkpoints",
-    "train.keep_freed_memory",
-    "train.max_skipped_steps",
-    "train.zero_stage",
-}
-# Of several processes, each may have its own: they say how its machine works.
-_OWN = {"data.workers", "data.hw_decoder_load", "train.keep_freed_memory"}
 
 
 def check_run_folder(config: Config, extend: bool = False) -> float | None:
@@ -67,9 +45,10 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
     if there["train.precision"] == "auto":
         on_gpu = config.device != "cpu" and torch.cuda.is_available()
         there["train.precision"] = auto_of_earlier_versions(torch.device("cuda" if on_gpu else "cpu"))
+    may_change = keys_marked(Mark.MAY_CHANGE, config)
     epochs, wanted = there["train.epochs"], here["train.epochs"]
     for key in sorted(there.keys() | here.keys()):
-        if there.get(key) == here.get(key) or key in _FREE:
+        if there.get(key) == here.get(key) or key in may_change:
             continue
         remedy = "use the same value to continue that run, or another run_dir"
         if key == "train.epochs" and extend and wanted > epochs:
@@ -100,8 +79,11 @@ def precision_of_run(config: Config, device: torch.device) -> Format:
 
 def config_facts(config: Config) -> dict[str, str]:
     """What all processes of a run must have alike: each key but a machine's own, and what DeepSpeed's file holds."""
+    of_machine = keys_marked(Mark.OF_MACHINE, config)
     facts = {
-        key: repr(value) for key, value in flat(config.model_dump(mode="json")).items() if key not in _OWN
+        key: repr(value)
+        for key, value in flat(config.model_dump(mode="json")).items()
+        if key not in of_machine
     }
     if config.train.deepspeed is not None:
         with suppress(OSError, DocumentError):  # who needs it will say so
