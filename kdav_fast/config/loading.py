@@ -33,9 +33,16 @@ def read_config(path: Path | None, overrides: list[str] = ()) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> None:
-    """Set `key=value` overrides in a plain dictionary; raises `InputError` for one that is not of that form."""
-    for override in overrides:
+    """Set `key=value` overrides in a plain dictionary; raises `InputError` for one that is not of that form.
+
+    Another `distiller.name` drops the keys of the method before, but none that an override gives, in whatever order.
+    """
+    for override in sorted(overrides, key=_is_of_method):
         _apply_override(raw, override)
+
+
+def _is_of_method(override: str) -> bool:
+    return override.startswith("distiller.") and not override.startswith("distiller.name=")
 
 
 def parse_config(raw: dict[str, Any]) -> Config:

@@ -1,5 +1,7 @@
 """The schema: what it accepts, what it refuses and in which words."""
 
+import itertools
+
 import pytest
 
 from kdav_fast.config import Config, dump_config, load_config, parse_config
@@ -16,6 +18,23 @@ def test_dump_and_load_are_inverse(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(dump_config(config))
     assert load_config(file) == config
+
+
+def test_keys_are_dumped_in_the_order_of_the_schema():
+    lines = dump_config(load_config(None, [*TEACHER, "distiller.name=kd"])).splitlines()
+    sections = [line.partition(":")[0] for line in lines if not line.startswith((" ", "-"))]
+    assert sections == [
+        "run_dir",
+        "device",
+        "data",
+        "model",
+        "teacher",
+        "distiller",
+        "optimizer",
+        "schedule",
+        "train",
+    ]
+    assert lines[lines.index("distiller:") + 1 :][:3] == ["  name: kd", "  alpha: 0.9", "  temperature: 4.0"]
 
 
 def test_overrides_take_yaml_values():
@@ -39,7 +58,8 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
     assert load_config(file, ["distiller.kappa_teacher=4"]).distiller == KDAV.Config(
         name="kdav", kappa_student=3, kappa_teacher=4
     )
-    assert load_config(file, ["distiller.name=kd", "distiller.alpha=0.5"]).distiller.alpha == 0.5
+    for overrides in itertools.permutations(["distiller.name=kd", "distiller.alpha=0.5"]):
+        assert load_config(file, list(overrides)).distiller.alpha == 0.5
 
 
 @pytest.mark.parametrize(
