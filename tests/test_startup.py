@@ -44,6 +44,11 @@ def loaded(arguments, code, directory):
         (["distill", "missing.yaml"], 2),
         (["train", "bad.yaml", "lr=3"], 2),
         (["train", "bad.yaml"], 2),
+        (["distill", "bad.yaml", "distiller.name=kd", "distiller.alhpa=1"], 2),
+        (["distill", "good.yaml", "distiller.name=none", "train.epochs=0"], 2),
+        (["distill", "good.yaml", "distiller.name=magic"], 2),
+        (["distill", "good.yaml", "distiller=kd"], 2),
+        (["train", "good.yaml", "distiller.name=kd"], 2),
         (["report", "run"], 0),
         (["report", "missing"], 2),
         (["data", "check", "images"], 0),
@@ -54,6 +59,7 @@ def loaded(arguments, code, directory):
 )
 def test_what_needs_no_torch_does_not_load_it(tmp_path, arguments, code):
     (tmp_path / "bad.yaml").write_text("train: {epochs: many}\n")
+    (tmp_path / "good.yaml").write_text("distiller: {name: none}\n")
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "epoch": 1.0, "train/loss": 1.0}) + "\n")

@@ -15,13 +15,13 @@ from kdav_fast.config.section import Section
 from kdav_fast.config.training import TrainConfig
 
 _HOME = "kdav_fast.distillers"
-_INTERFACE = ("base", "phases")
+_INTERFACE = {"base", "phases"}
 
 
 def method_names() -> tuple[str, ...]:
     """Every method there is: one a file of `distillers/`; `none`, the default, first."""
-    files = iter_modules(find_spec(_HOME).submodule_search_locations)
-    names = (file.name for file in files if not file.ispkg and file.name not in _INTERFACE)
+    files = iter_modules(find_spec(_HOME).submodule_search_locations)  # which does not load the package
+    names = {file.name for file in files if file.name.isidentifier() and not file.ispkg} - _INTERFACE
     return tuple(sorted(names, key=lambda name: (name != "none", name)))
 
 

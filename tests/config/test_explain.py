@@ -2,7 +2,8 @@
 
 import pytest
 
-from kdav_fast.config import Config, TrainConfig, load_config
+from kdav_fast.config import Sections, TrainConfig, load_config
+from kdav_fast.config.method import method_config, method_names
 from kdav_fast.errors import InputError, shown
 
 WRONG = {
@@ -26,9 +27,28 @@ WRONG = {
     "model: timm:resnet18": "'model' is 'timm:resnet18', but it is a section, which holds keys and values; "
     "perhaps model.name is meant",
     "distiller: kdav": "perhaps distiller.name is meant",
-    "distiller: {name: foo}": "distiller.name is 'foo'; allowed: 'none', 'kd', 'kdav', 'simkd'",
+    "distiller: {name: foo}": "distiller.name is 'foo'; allowed: 'none', ",
     "distiller: {name: [1]}": "distiller.name is [1]; allowed: 'none', ",
     "distiller: {kappa_student: 3}": "distiller.name is missing; allowed: 'none', ",
+    "distiller: {}": "distiller.name is missing; allowed: 'none', ",
+    "distiller:": "'distiller' is empty; give it keys, or leave it out",
+    "distiller: []": "'distiller' is [], but it is a section, which holds keys and values",
+    "distiller: {name: 3}": "distiller.name is 3; allowed: 'none', ",
+    "distiller: {name: ../kd}": "distiller.name is '../kd'; allowed: 'none', ",
+    "distiller: {name: kd.py}": "distiller.name is 'kd.py'; allowed: 'none', ",
+    "distiller: {name: KD}": "distiller.name is 'KD'; allowed: 'none', ",
+    # files of that folder, but no methods
+    "distiller: {name: base}": "distiller.name is 'base'; allowed: 'none', ",
+    "distiller: {name: __init__}": "distiller.name is '__init__'; allowed: 'none', ",
+    "distiller: {name: memories}": "distiller.name is 'memories'; allowed: 'none', ",
+    # the method's own keys
+    "distiller: {name: kd, needs_teacher: false}": "unknown key 'distiller.needs_teacher' with distiller.name 'kd'; "
+    "allowed in distiller: name, alpha, temperature",
+    "distiller: {name: kd, name.x: 3}": "the nearest known one is 'distiller.name'",
+    "distiller: {name: kd, alpha: {a: {b: 1}}}": "'distiller.alpha' is {'a': {'b': 1}}; allowed: a number",
+    "distiller: {name: kd, alpha: .nan}": "'distiller.alpha' is nan; allowed: a number of at least 0 and of at",
+    "distiller: {name: kdav, posterior: on}": "'distiller.posterior' is True; allowed: 'dense', 'ids'",
+    "distiller: &all {name: kd, alpha: *all}": "the alias in line 1 refers to what it stands in",
     "teacher: {}": "'teacher.name' is missing; it must be given",
     # numbers
     "train: {epochs: '3'}": "'train.epochs' is '3', which is text; allowed: a number above 0",
@@ -85,6 +105,10 @@ OVERRIDES = {
     "train.epochs=": "'train.epochs' is empty; allowed",
     "train.epochs=[": "override 'train.epochs=[': the value is not valid YAML: line 1, column 2",
     "train.epochs={a: 1, a: 2}": "the value gives 'a' twice",
+    "distiller.name=None": "distiller.name is 'None'; allowed: 'none', ",
+    "distiller.name.x=3": "distiller.name is {'x': 3}; allowed: 'none', ",
+    "distiller.alpha=3": "distiller.name is missing; allowed: 'none', ",
+    "distiller.name=kd": "distiller.name is 'kd' but there is no teacher; set teacher.name",
     "data.color_jitter.2=0.5": "'data.color_jitter' is {'2': 0.5}; allowed: a list of 4",
     "train.epochs=\x1b[31m": "the value is not valid YAML: it holds the character U+001B",
     "\x1b[31m=3": r"unknown key '\x1b[31m'",
@@ -120,20 +144,30 @@ def test_a_wrong_override_in_one_line(override):
 
 EVERY_KEY = [
     f"{section}.{key}" if inner else section
-    for section, field in Config.model_fields.items()
+    for section, field in Sections.model_fields.items()
     for inner in [getattr(type(field.default), "model_fields", {})]
     for key in inner or [""]
 ]
 
 
+def says_what_it_takes(key, *overrides):
+    for value in ("{a: {b: 1}}", "[[1]]", ".nan", "no such thing"):
+        try:
+            load_config(None, [*overrides, f"{key}={value}"])
+        except InputError:
+            assert key.split(".")[-1] in refused(None, [*overrides, f"{key}={value}"])
+
+
 @pytest.mark.parametrize("key", EVERY_KEY)
 def test_every_key_says_what_it_takes(key):
     """Also those that are added later: nothing of pydantic's own language comes through."""
-    for value in ("{a: {b: 1}}", "[[1]]", ".nan", "no such thing"):
-        try:
-            load_config(None, [f"{key}={value}"])
-        except InputError:
-            assert key.split(".")[-1] in refused(None, [f"{key}={value}"])
+    says_what_it_takes(key)
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_so_does_every_key_of_every_method(method):
+    for key in method_config(method).model_fields:
+        says_what_it_takes(f"distiller.{key}", "teacher.name=cifar:resnet8", f"distiller.name={method}")
 
 
 def test_of_an_override_that_is_given_twice_the_last_one_counts():
