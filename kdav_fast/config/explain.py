@@ -2,7 +2,6 @@
 
 import difflib
 import math
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -13,7 +12,7 @@ from kdav_fast.config.run import Sections
 from kdav_fast.errors import shown
 
 _NEAR = 0.7
-_Path = Sequence[str | int]
+_Path = tuple[str | int, ...]
 """Where a key is: `data.mean[2]` in parts."""
 
 
@@ -181,8 +180,8 @@ class _Schema:
 
     def keys(self) -> list[str]:
         """Every key, dotted."""
-        sections = self.fields([])
-        return sections + [f"{section}.{name}" for section in sections for name in self.fields([section])]
+        sections = self.fields(())
+        return sections + [f"{section}.{name}" for section in sections for name in self.fields((section,))]
 
     def _resolved(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Behind references, and a section that may be null."""
