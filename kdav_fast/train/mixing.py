@@ -3,19 +3,15 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.data import Batch
-from kdav_fast.distillers import Target
-
-Mix = Callable[[Batch], tuple[Tensor, Target]]
 
 
-def build_mix(config: TrainConfig, classes: int) -> Mix:
-    """From a batch to the images both networks see and what is known of them."""
+def build_mix(config: TrainConfig, classes: int) -> Callable[[Batch], Batch]:
+    """From a batch of one view to the one that both networks see."""
     if config.mixup == 0 and config.cutmix == 0:
-        return lambda batch: (batch.images, Target(batch.target, batch.valid))
+        return lambda batch: batch
     from torchvision.transforms import v2  # seconds to load, for runs that mix
 
     choices = []
@@ -25,10 +21,10 @@ def build_mix(config: TrainConfig, classes: int) -> Mix:
         choices.append(v2.CutMix(alpha=config.cutmix, num_classes=classes))
     mixers = v2.RandomChoice(choices)
 
-    def mix(batch: Batch) -> tuple[Tensor, Target]:
-        images, mixed = mixers(batch.images, batch.target)
+    def mix(batch: Batch) -> Batch:
+        images, mixed = mixers(batch.images, batch.labels)
         if batch.images.is_contiguous(memory_format=torch.channels_last):
             images = images.contiguous(memory_format=torch.channels_last)
-        return images, Target(batch.target, batch.valid, mixed)
+        return batch._replace(images=images, mixed=mixed)
 
     return mix

@@ -1,4 +1,4 @@
-"""The small parts of training, each alone: mixing, precision, teacher."""
+"""The small parts of training, each alone: precision, teacher."""
 
 import copy
 
@@ -7,62 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from kdav_fast.config import OptimizerConfig, TrainConfig
-from kdav_fast.data import Batch
 from kdav_fast.models import IMAGENET, Normalization, build_classifier, renormalization
-from kdav_fast.runtime.processes import Cluster, start_cluster
+from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.train.engine import StudentEngine
-from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.setup import set_up
 
 CPU = torch.device("cpu")
-ALONE = Cluster(0, 1, 0, 1, CPU)
-
-
-def batch_of(size=8, classes=4):
-    torch.manual_seed(3)
-    images = torch.randn(size, 3, 6, 6).contiguous(memory_format=torch.channels_last)
-    index = torch.arange(size)
-    return Batch(images, index % classes, torch.ones(size, dtype=torch.bool), index)
-
-
-def test_no_mixing_leaves_the_batch_alone():
-    batch = batch_of()
-    images, target = build_mix(TrainConfig(), 4)(batch)
-    assert images is batch.images
-    assert target.mixed is None
-
-
-def test_mixup_blends_pixels_and_shares_alike():
-    batch = batch_of()
-    images, target = build_mix(TrainConfig(mixup=1.0), 4)(batch)
-    partner = batch.images.roll(1, 0)
-    share = target.mixed[0, batch.target[0]]
-    torch.testing.assert_close(images, share * batch.images + (1 - share) * partner)
-    torch.testing.assert_close(target.mixed.sum(1), torch.ones(8))
-    assert 0 < share < 1
-    assert images.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(target.labels, batch.target)
-
-
-def test_cutmix_takes_each_pixel_from_one_of_two_images():
-    batch = batch_of()
-    images, target = build_mix(TrainConfig(cutmix=1.0), 4)(batch)
-    own = (images == batch.images).all(1)
-    other = (images == batch.images.roll(1, 0)).all(1)
-    assert (own | other).all()
-    torch.testing.assert_close(target.mixed[0, batch.target[0]], own[0].float().mean())
-
-
-def test_both_mixings_take_turns():
-    torch.manual_seed(0)
-    batch, mix = batch_of(), build_mix(TrainConfig(mixup=1.0, cutmix=1.0), 4)
-    kinds = set()
-    for _ in range(20):
-        images, _ = mix(batch)
-        kinds.add(bool(((images == batch.images) | (images == batch.images.roll(1, 0))).all()))
-    assert kinds == {True, False}
 
 
 def test_teacher_sees_its_own_normalisation_and_never_changes():
