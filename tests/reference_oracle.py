@@ -92,7 +92,7 @@ def both(config: Config) -> dict[str, Any]:
         trainer.student.projector[0].load_state_dict(head.projector.state_dict())
         trainer.student.projector[1].load_state_dict(head.norm.state_dict())
     trainer.measure_teacher()
-    losses = [trainer.step(batch.images, batch.target) for batch in batches]
+    losses = [trainer.step(batch.images, batch.labels) for batch in batches]
     losses = torch.stack(losses)
     if trainer.world > 1:
         torch.distributed.all_reduce(losses)

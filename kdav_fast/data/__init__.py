@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kdav_fast.config import DataConfig
 from kdav_fast.data.checks.start import check_images
 from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.sources import Images, open_evaluation_images, open_images
+from kdav_fast.data.views import Order, Shuffled
 from kdav_fast.errors import InputError
 
 # torch takes seconds to load, and looking at images needs none: what does is imported where it is used.
@@ -25,10 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Batch",
-    "DataSets",
     "ImageSet",
     "Images",
     "Loader",
+    "Loaders",
     "build_evaluation_loader",
     "build_loaders",
     "check_images",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _DECODE_BATCH = 256
+_TRAINING = 1  # random stream of `Loaders.training`, beside that of `Loaders.train`
 
 
 def __getattr__(name: str):
@@ -49,18 +53,20 @@ def __getattr__(name: str):
 
 
 @dataclass(frozen=True)
-class DataSets:
+class Loaders:
     """The loaders of one rank. Unless images are resident, none works before its first batch is asked for."""
 
     train: Loader
-    """Shuffled and augmented."""
+    """Shuffled and augmented, in the views of the run's order."""
+    training: Callable[[], Loader]
+    """Makes another loader of the same images in the same views, shuffled and augmented independently of `train`."""
     evaluation: Loader
     """The evaluation split, in order."""
     measure: Callable[[], Loader]
     """Makes a loader of the training images as the evaluation sees them, in order: to measure statistics in
     one pass, after which its buffers are not held."""
     classes: tuple[str, ...]
-    """Class names; a target is a position in it."""
+    """Class names; a label is a position in it."""
 
 
 def build_loaders(
@@ -75,19 +81,21 @@ def build_loaders(
     local_world: int,
     seed: int,
     normalization: Normalization,
-) -> DataSets:
+    order: Order = Shuffled(),
+) -> Loaders:
     """The loaders of one rank.
 
     Args:
         config: the data section.
         images: what `open_images` found.
-        batch_size: training images a batch of this rank.
+        batch_size: training images a batch of this rank, in each view.
         eval_batch_size: the same for `evaluation` and `measure`.
         device: where batches are delivered.
         rank, world: this rank and how many there are.
         local_world: ranks on this machine; they share its cores unless `config.workers` is set.
         seed: of the order and the augmentation; the same on every rank.
         normalization: mean and std to use; stands above `config.mean` and `config.std`.
+        order: which training images are seen together. Other loaders have one view.
 
     Raises:
         InputError: the wanted way of loading cannot be used, or resident images do not fit or cannot be decoded.
@@ -98,19 +106,22 @@ def build_loaders(
 
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // local_world)
     make = partial(_loader_class(config, device), device=device, workers=workers)
-    evaluation_view = evaluation_preprocessing(config, normalization)
+    as_evaluated = evaluation_preprocessing(config, normalization)
     train = (images.train, training_preprocessing(config, normalization))
-    evaluation = (images.evaluation, evaluation_view)
+    evaluation = (images.evaluation, as_evaluated)
     if config.resident:
         # torchvision's worker processes cannot read a GPU's memory.
-        place = device if config.loader == "dali" else torch.device("cpu")
-        keep = partial(_keep, make, place=place, local_world=local_world, progress=rank == 0)
+        where = device if config.loader == "dali" else torch.device("cpu")
+        keep = partial(_keep, make, where=where, local_world=local_world, progress=rank == 0)
         train, evaluation = keep(*train), keep(*evaluation)
-    shared = partial(make, seed=seed, rank=rank, world=world, on_reshard=config.on_reshard)
-    return DataSets(
-        train=shared(*train, batch_size=batch_size, shuffle=True),
-        evaluation=shared(*evaluation, batch_size=eval_batch_size, shuffle=False),
-        measure=partial(shared, images.train, evaluation_view, batch_size=eval_batch_size, shuffle=False),
+    shared = partial(make, rank=rank, world=world, on_reshard=config.on_reshard)
+    training = partial(shared, *train, batch_size=batch_size, shuffle=True, order=order)
+    in_order = partial(shared, batch_size=eval_batch_size, shuffle=False, seed=seed)
+    return Loaders(
+        train=training(seed=seed),
+        training=partial(training, seed=_derived_seed(seed, _TRAINING)),
+        evaluation=in_order(*evaluation),
+        measure=partial(in_order, images.train, as_evaluated),
         classes=images.train.classes,
     )
 
@@ -127,9 +138,11 @@ def build_evaluation_loader(
     from kdav_fast.data.preprocessing import evaluation_preprocessing
 
     workers = config.workers or len(os.sched_getaffinity(0))
-    view = evaluation_preprocessing(config, normalization)
+    preprocessing = evaluation_preprocessing(config, normalization)
     loader_class = _loader_class(config, device)
-    return loader_class(images, view, batch_size=batch_size, device=device, workers=workers, shuffle=False)
+    return loader_class(
+        images, preprocessing, batch_size=batch_size, device=device, workers=workers, shuffle=False
+    )
 
 
 def decode_images(config: DataConfig, images: ImageSet, device: torch.device) -> ResidentImages:
@@ -150,9 +163,9 @@ def decode_images(config: DataConfig, images: ImageSet, device: torch.device) ->
 def _keep(
     make: Callable[..., EpochLoader],
     images: ImageSet,
-    view: Preprocessing,
+    preprocessing: Preprocessing,
     *,
-    place: torch.device,
+    where: torch.device,
     local_world: int,
     progress: bool,
 ) -> tuple[ImageSet, Preprocessing]:
@@ -160,8 +173,12 @@ def _keep(
     from kdav_fast.data.preprocessing import pixel_preprocessing, resident_preprocessing
     from kdav_fast.data.resident import decode_once
 
-    decoder = make(images, pixel_preprocessing(view), batch_size=_DECODE_BATCH, shuffle=False)
-    return decode_once(decoder, place, local_world, progress), resident_preprocessing(view)
+    decoder = make(images, pixel_preprocessing(preprocessing), batch_size=_DECODE_BATCH, shuffle=False)
+    return decode_once(decoder, where, local_world, progress), resident_preprocessing(preprocessing)
+
+
+def _derived_seed(seed: int, stream: int) -> int:
+    return int(np.random.SeedSequence((seed, stream)).generate_state(1, np.uint64)[0])
 
 
 def _loader_class(config: DataConfig, device: torch.device) -> type[EpochLoader] | partial[EpochLoader]:

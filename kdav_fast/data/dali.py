@@ -65,17 +65,17 @@ class DaliLoader(EpochLoader):
         self._decoder_checkpoint: bytes | None = None
         self._first_epoch = 0  # in which a pipeline without checkpoint began
 
-    def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[torch.Tensor]:
+    def _rest_of_epoch(self, epoch: int, first: int) -> Iterator[torch.Tensor]:
         if self._pipeline is None:
-            self._build(epoch, step)
-        for position in range(step, self.steps_per_epoch):
+            self._build(epoch, first)
+        for batch in range(first, self.batches_per_epoch):
             try:
                 images = self._run()
             except (RuntimeError, OSError):
                 # A pipeline that failed is lost; a new one can go on from here once the files are repaired.
                 self._checkpoint = self._pipeline.checkpoint()
                 self._pipeline = self._decoder = None
-                begun = np.concatenate(list(islice(self.order.upcoming(epoch, position), _BEGUN)))
+                begun = np.concatenate(list(islice(self._epochs.upcoming(epoch, batch), _BEGUN)))
                 if defects := decoding_defects(self.images, begun.tolist()):
                     raise defects_error(self.images, defects) from None
                 raise
@@ -97,7 +97,7 @@ class DaliLoader(EpochLoader):
         self._first_epoch = state["first_epoch"] if state else self._epoch
 
     def _run(self) -> torch.Tensor:
-        """The next B x 3 x S x S images.
+        """The next batch's images, loaded and augmented: rows x 3 x S x S.
 
         DALI's dynamic executor gives every batch memory of its own, which lives as long as the tensor.
         """
@@ -110,11 +110,11 @@ class DaliLoader(EpochLoader):
             images = images.permute(0, 3, 1, 2)
         return images.to(self.preprocessing.dtype)
 
-    def _build(self, epoch: int, step: int) -> None:
+    def _build(self, epoch: int, first: int) -> None:
         gpu = None
         if self.device.type == "cuda":
             gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
-        batches = self.order.upcoming(epoch, step)
+        batches = self._epochs.upcoming(epoch, first)
         try:
             with _without_deprecations():
                 pipeline = _pipeline(
@@ -124,7 +124,7 @@ class DaliLoader(EpochLoader):
                     None if self._decode else self.images.pixels,
                     self._hw_decoder_load,
                     self.device.type == "cuda",
-                    batch_size=self.order.batch_size,
+                    batch_size=self._epochs.rows,
                     num_threads=self.workers,
                     device_id=gpu,
                     seed=self._random_seed(0),
@@ -155,7 +155,7 @@ class DaliLoader(EpochLoader):
                 batches,
                 square_crop(self.preprocessing.crop, self.preprocessing.size),
                 self.preprocessing.size,
-                batch_size=self.order.batch_size,
+                batch_size=self._epochs.rows,
                 threads=self.workers,
                 seed=self._random_seed(1),
                 checkpoint=self._decoder_checkpoint,
@@ -167,7 +167,7 @@ class DaliLoader(EpochLoader):
 
     def _random_seed(self, use: int) -> int:
         """Ranks share the order of images but not the augmentation."""
-        entropy = (self.order.seed, self.order.rank, self._first_epoch, use)
+        entropy = (self._epochs.seed, self._epochs.rank, self._first_epoch, use)
         return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 

@@ -11,6 +11,8 @@ from kdav_fast.data.batch import Batch
 from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.order import EpochOrder
 from kdav_fast.data.preprocessing import Preprocessing
+from kdav_fast.data.rotation import rotations
+from kdav_fast.data.views import Order, Rotations, Shuffled
 from kdav_fast.errors import InputError
 
 _SHARDING = ("batch_size", "world", "rank")
@@ -20,16 +22,18 @@ class EpochLoader(ABC):
     """A `Loader` whose subclass only has to produce the batches from a position on.
 
     The order of an epoch follows from (seed, epoch) alone: every loader, whatever its kind and however many
-    ranks share it, takes the same images in the same step. Nothing is opened and no process or thread started
-    before the first batch is asked for. One iterator at a time: a second one continues where the first was left.
+    ranks share it, takes the same images in batches of the same number. Nothing is opened and no process or thread
+    started before the first batch is asked for. One iterator at a time: a second one continues where the first was
+    left.
 
     Args:
         images: the split.
         preprocessing: from decoded image to network input.
-        batch_size: images a batch of this rank.
+        batch_size: B, images a batch of this rank; its rows are as many in each view.
         device: where the batches are delivered.
         workers: decoding threads or processes of this rank.
         shuffle: a new order of the whole split for every epoch, else always the order of `images`.
+        order: which images are seen together, as views of a batch.
         seed: of order and augmentation; the same on every rank.
         rank, world: this rank and how many there are.
         on_reshard: what a state of another batch size or number of ranks means: an error, or its epoch from
@@ -48,6 +52,7 @@ class EpochLoader(ABC):
         device: torch.device,
         workers: int,
         shuffle: bool,
+        order: Order = Shuffled(),
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
@@ -58,12 +63,16 @@ class EpochLoader(ABC):
         self.device = device
         self.workers = workers
         self.on_reshard = on_reshard
-        self.order = EpochOrder(len(images), batch_size, shuffle=shuffle, seed=seed, rank=rank, world=world)
-        self.steps_per_epoch = self.order.steps
+        self.order = order
+        self.batch_size = batch_size
+        self._epochs = EpochOrder(
+            images.labels, batch_size, shuffle=shuffle, order=order, seed=seed, rank=rank, world=world
+        )
+        self.batches_per_epoch = self._epochs.batches
         self.images_per_epoch = len(images)
         self._labels = torch.from_numpy(images.labels)
         self._epoch = 0
-        self._step = 0
+        self._handed_out = 0  # batches of this epoch
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then stand at the start of the next one.
@@ -71,24 +80,24 @@ class EpochLoader(ABC):
         Raises:
             InputError: an image cannot be read or decoded; the message names it.
         """
-        places = self.order.places(self._epoch)
-        for images in self._rest_of_epoch(self._epoch, self._step):
-            batch = self._batch(images, places[self._step])
-            # Before the batch is handed out: a state taken while it is in use counts it as seen.
-            self._step += 1
-            if self._step == self.steps_per_epoch:
-                self._epoch, self._step = self._epoch + 1, 0
+        places = self._epochs.places(self._epoch)
+        for images in self._rest_of_epoch(self._epoch, self._handed_out):
+            batch = self._batch(images, places[self._handed_out])
+            # Before it is handed out: a state taken while it is in use counts it as seen.
+            self._handed_out += 1
+            if self._handed_out == self.batches_per_epoch:
+                self._epoch, self._handed_out = self._epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """Position, order and random state of this rank as JSON values; exact in the middle of an epoch."""
-        return {**self._identity(), "epoch": self._epoch, "step": self._step}
+        return {**self._identity(), "epoch": self._epoch, "step": self._handed_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken, or at the start of its epoch: see `on_reshard`.
 
         Raises:
-            InputError: `state` is of another data set, split, seed, loader or preprocessing, or, unless
+            InputError: `state` is of another data set, split, seed, order, loader or preprocessing, or, unless
                 `on_reshard` allows it, of another batch size, rank or rank count; the position is then unchanged.
         """
         resharded = False
@@ -104,12 +113,12 @@ class EpochLoader(ABC):
                 f"the saved position in the {self.images.split} images is of {key} {saved!r}, but this run "
                 f"has {key} {here!r}; resume with the same {key}{remedy} or start a new run"
             )
-        self._epoch, self._step = state["epoch"], 0 if resharded else state["step"]
+        self._epoch, self._handed_out = state["epoch"], 0 if resharded else state["step"]
         self._restore(None if resharded else state)
 
     @abstractmethod
-    def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[torch.Tensor]:
-        """The images (B x 3 x S x S) of an epoch's batches from `step` on."""
+    def _rest_of_epoch(self, epoch: int, first: int) -> Iterator[torch.Tensor]:
+        """The images to load for each of an epoch's batches from number `first` on, augmented: rows x 3 x S x S."""
 
     @abstractmethod
     def _restore(self, state: dict[str, Any] | None) -> None:
@@ -122,22 +131,26 @@ class EpochLoader(ABC):
             "split": self.images.split,
             "images": len(self.images),
             "digest": self.images.digest,
-            "batch_size": self.order.batch_size,
-            "world": self.order.world,
-            "rank": self.order.rank,
-            "seed": self.order.seed,
-            "shuffle": self.order.shuffle,
+            "batch_size": self.batch_size,
+            "world": self._epochs.world,
+            "rank": self._epochs.rank,
+            "seed": self._epochs.seed,
+            "shuffle": self._epochs.shuffle,
+            "order": repr(self.order),
             "preprocessing": repr(self.preprocessing),
         }
 
     def _batch(self, images: torch.Tensor, places: np.ndarray) -> Batch:
-        """Complete a batch from its images and their places, and deliver it."""
-        index = torch.from_numpy(self.order.images_at(places))
-        valid = torch.from_numpy(self.order.valid(places))
+        """Complete a batch from its loaded images and their places, and deliver it."""
+        index = torch.from_numpy(self._epochs.images_at(places))
+        valid = torch.from_numpy(self._epochs.valid(places))
         fields = (images, self._labels[index], valid, index)
         if self.device.type == "cuda":
             fields = (
                 field if field.is_cuda else field.pin_memory().to(self.device, non_blocking=True)
                 for field in fields
             )
-        return Batch(*fields)
+        images, labels, valid, index = fields
+        if isinstance(self.order, Rotations):
+            images = rotations(images, self.order.count)
+        return Batch(images, labels, valid, index, views=self.order.count)

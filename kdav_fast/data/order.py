@@ -1,59 +1,105 @@
-"""Which images a rank sees in which step: the same images in the same step, however many ranks share it."""
+"""Which images a rank sees in which batch: the same images together, however many ranks share them."""
 
 from collections.abc import Iterator
 from itertools import count
 
 import numpy as np
 
+from kdav_fast.data.views import ClassPairs, Order, Shuffled
+
+_PARTNERS = 1  # random stream of an epoch, beside that of its order
+
 
 class EpochOrder:
     """One rank's part of the order of every epoch, which follows from (seed, epoch) alone.
 
-    A step takes the next B W places of the epoch's order; rank r of W has the rows [r B, (r + 1) B) of them.
-    All ranks make equally many steps.
+    The batches of one number, of all W ranks, take the next B W places of the epoch's order; rank r has the rows
+    [r B, (r + 1) B) of them. All ranks have equally many batches.
 
-    In training, the order is filled up to whole steps with other images of the split, from all over it. They are
+    In training, the order is filled up to whole batches with other images of the split, from all over it. They are
     shuffled in among the others and are not valid. (Were the last batch padded with copies of one image
     instead, BatchNorm would take its statistics from that one.) In evaluation, padding stands at the end and
     repeats the last image; a rank can end on a batch that is padding throughout.
 
     Args:
-        images: N, how many the split has.
+        labels: N class ids, one an image of the split.
         batch_size: B, images a batch of this rank.
         shuffle: training: a new order of the whole split for every epoch. Else always 0..N-1.
-        seed: of the order; the same on every rank.
+        order: which images are seen together.
+        seed: of order and pairs; the same on every rank.
         rank, world: this rank and W, how many there are.
     """
 
     def __init__(
-        self, images: int, batch_size: int, *, shuffle: bool, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        labels: np.ndarray,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        order: Order = Shuffled(),
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
-        self.images, self.batch_size = images, batch_size
-        self.shuffle, self.seed = shuffle, seed
+        self.images, self.batch_size = len(labels), batch_size
+        self.shuffle, self.order, self.seed = shuffle, order, seed
         self.rank, self.world = rank, world
-        self.steps = -(-images // (batch_size * world))
-        """Batches an epoch, the same on every rank."""
-        added = np.arange(self.steps * batch_size * world - images)
-        repeated = added * images // max(1, len(added)) if shuffle else np.full(len(added), images - 1)
-        self._image_at = np.concatenate([np.arange(images), repeated])
+        self.batches = -(-self.images // (batch_size * world))
+        """How many an epoch has, the same on every rank."""
+        added = np.arange(self.batches * batch_size * world - self.images)
+        repeated = (
+            added * self.images // max(1, len(added)) if shuffle else np.full(len(added), self.images - 1)
+        )
+        self._image_at = np.concatenate([np.arange(self.images), repeated])
+        self._partners = _Partners(labels) if isinstance(order, ClassPairs) else None
+
+    @property
+    def rows(self) -> int:
+        """Images to load for a batch: B in each view that is loaded."""
+        return self.order.loaded * self.batch_size
 
     def places(self, epoch: int) -> np.ndarray:
-        """steps x B places of this rank; those below N are the images themselves, the others repeat one."""
+        """Batches x B places of this rank; those below N are the images themselves, the others repeat one."""
         order = np.arange(len(self._image_at))
         if self.shuffle:
             order = np.random.default_rng((self.seed, epoch)).permutation(order)
-        return order.reshape(self.steps, self.world, self.batch_size)[:, self.rank]
+        return order.reshape(self.batches, self.world, self.batch_size)[:, self.rank]
 
     def valid(self, places: np.ndarray) -> np.ndarray:
         """Which places are images that no other place shows: each image once an epoch, over all ranks."""
         return places < self.images
 
     def images_at(self, places: np.ndarray) -> np.ndarray:
-        """Positions in the split."""
+        """Positions in the split, of the first view."""
         return self._image_at[places]
 
-    def upcoming(self, epoch: int, step: int) -> Iterator[np.ndarray]:
-        """B image positions for every batch from a step on, over the epochs' ends, without end."""
+    def images_to_load(self, epoch: int) -> np.ndarray:
+        """Batches x `rows` positions in the split, for each batch all of the first view first."""
+        places = self.places(epoch)
+        images = self.images_at(places)
+        if self._partners is None:
+            return np.tile(images, self.order.loaded)
+        # A place's number is the same however many others there are.
+        numbers = np.random.default_rng((self.seed, epoch, _PARTNERS)).random(len(self._image_at))
+        return np.concatenate([images, self._partners.draw(images, numbers[places])], axis=1)
+
+    def upcoming(self, epoch: int, first: int) -> Iterator[np.ndarray]:
+        """The images to load for every batch from number `first` of an epoch on, over the epochs' ends, without end."""
         for later in count(epoch):
-            yield from self.images_at(self.places(later)[step:])
-            step = 0
+            yield from self.images_to_load(later)[first:]
+            first = 0
+
+
+class _Partners:
+    """Images of the same class."""
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self._labels = labels
+        self._by_class = np.argsort(labels, kind="stable")
+        self._sizes = np.bincount(labels)
+        self._starts = self._sizes.cumsum() - self._sizes
+
+    def draw(self, images: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """For each image one of its class, itself included, chosen by a uniform number in 0..1 (1 excluded)."""
+        labels = self._labels[images]
+        return self._by_class[self._starts[labels] + (numbers * self._sizes[labels]).astype(np.int64)]

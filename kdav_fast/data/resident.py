@@ -49,7 +49,7 @@ def decode_once(
     _require_memory(images, size, device, local_world)
     pixels = torch.empty(len(images), size, size, 3, dtype=torch.uint8, device=device)
     for batch in ProgressBar(
-        loader, f"decode {images.split}", loader.steps_per_epoch, disable=None if progress else True
+        loader, f"decode {images.split}", loader.batches_per_epoch, disable=None if progress else True
     ):
         pixels[batch.index.to(device)] = batch.images.permute(0, 2, 3, 1).to(device)
     return ResidentImages(images.root, images.split, images.classes, images.labels, pixels, images)
@@ -58,12 +58,12 @@ def decode_once(
 def _require_memory(images: ImageSet, size: int, device: torch.device, local_world: int) -> None:
     needed = len(images) * size * size * 3
     if device.type == "cuda":
-        free, place = torch.cuda.mem_get_info(device)[0], "of GPU memory"
+        free, where = torch.cuda.mem_get_info(device)[0], "of GPU memory"
     else:
-        free, place = psutil.virtual_memory().available // local_world, "of memory a process"
+        free, where = psutil.virtual_memory().available // local_world, "of memory a process"
     if needed > free:
         raise InputError(
             f"data.resident needs {needed / _GIB:.1f} GiB for the {len(images)} {images.split} images at "
-            f"{size} x {size}, but {free / _GIB:.1f} GiB {place} are free; use data.resident=false, or lower "
+            f"{size} x {size}, but {free / _GIB:.1f} GiB {where} are free; use data.resident=false, or lower "
             "data.image_size or data.train_subset"
         )

@@ -2,7 +2,7 @@
 
 import gc
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ from kdav_fast.data.checks.start import decoding_defects, defects_error
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.formats import rgb
 from kdav_fast.data.image_set import EncodedImages, PixelImages
-from kdav_fast.data.order import EpochOrder
 from kdav_fast.data.preprocessing import (
     CenterCrop,
     ColorJitter,
@@ -30,27 +29,25 @@ from kdav_fast.data.preprocessing import (
 class TorchvisionLoader(EpochLoader):
     """Decodes in worker processes, for clarity and not for speed.
 
-    An image's augmentation follows from (seed, epoch, place), so epoch and step are the whole state and the
-    number of workers changes nothing. See `EpochLoader` for arguments.
+    An image's augmentation follows from (seed, epoch, place, view), so the position in the epoch is the whole state
+    and the number of workers changes nothing. See `EpochLoader` for arguments.
     """
 
     name = "torchvision"
     _loader: DataLoader | None = None
 
-    def _rest_of_epoch(self, epoch: int, step: int) -> Iterator[torch.Tensor]:
+    def _rest_of_epoch(self, epoch: int, first: int) -> Iterator[torch.Tensor]:
         if self._loader is None:
             self._loader = self._build()
-        batches = self.order.places(epoch)[step:]
-        self._loader.batch_sampler.batches = [
-            [(epoch, place) for place in batch] for batch in batches.tolist()
-        ]
+        places, positions = self._epochs.places(epoch)[first:], self._epochs.images_to_load(epoch)[first:]
+        self._loader.batch_sampler.batches = _as_rows(self._epochs.seed, epoch, places, positions)
         loaded = iter(self._loader)
-        for places in batches:
+        for batch in positions:
             try:
                 images = next(loaded)
             except Exception as error:
                 # A worker's exception carries its traceback in its text; the user needs the file.
-                defects = decoding_defects(self.images, self.order.images_at(places).tolist())
+                defects = decoding_defects(self.images, batch.tolist())
                 if not defects:
                     raise
                 # Frame and exception refer to each other and would keep the workers alive.
@@ -59,14 +56,14 @@ class TorchvisionLoader(EpochLoader):
             yield images
 
     def _restore(self, state: dict[str, Any] | None) -> None:
-        """Epoch and step are the whole state."""
+        """The position in the epoch is the whole state."""
 
     def _build(self) -> DataLoader:
         # A forked worker would collect garbage that it inherits, and hang where that owns threads, as a
         # discarded DALI pipeline does: they run in the parent only.
         gc.collect()
         return DataLoader(
-            _Images(self.images, self.order, self.preprocessing),
+            _Images(self.images, self.preprocessing),
             batch_sampler=_Batches(),
             collate_fn=_Collate(self.preprocessing.channels_last),
             num_workers=self.workers,
@@ -76,33 +73,43 @@ class TorchvisionLoader(EpochLoader):
         )
 
 
+_Row = tuple[int, tuple[int, ...]]
+"""An image's position in the split, and what seeds its augmentation."""
+
+
+def _as_rows(seed: int, epoch: int, places: np.ndarray, positions: np.ndarray) -> Iterator[list[_Row]]:
+    """The rows of every batch: batches x B places, batches x V*B positions."""
+    for batch, shown in zip(places, positions, strict=True):
+        # The first view's augmentation is that of an order with one view.
+        seeds = [(seed, epoch, place) for place in batch.tolist()]
+        for view in range(1, len(shown) // len(batch)):
+            seeds += [(seed, epoch, place, view) for place in batch.tolist()]
+        yield list(zip(shown.tolist(), seeds, strict=True))
+
+
 class _Batches:
-    """Batch sampler: (epoch, place) pairs, set before every epoch.
+    """Batch sampler: the rows of every batch, set before every epoch.
 
     It does not refer to the loader: in a reference cycle, the workers would outlive it.
     """
 
-    batches: Sequence[list[tuple[int, int]]] = ()
+    batches: Iterable[list[_Row]] = ()
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[_Row]]:
         return iter(self.batches)
 
 
 class _Images(Dataset):
-    def __init__(
-        self, images: EncodedImages | PixelImages, order: EpochOrder, preprocessing: Preprocessing
-    ) -> None:
+    def __init__(self, images: EncodedImages | PixelImages, preprocessing: Preprocessing) -> None:
         self._images = images
-        self._order = order
         self._transform = transform(preprocessing)
 
-    def __getitem__(self, key: tuple[int, int]) -> torch.Tensor:
-        epoch, place = key
+    def __getitem__(self, row: _Row) -> torch.Tensor:
+        position, entropy = row
         # torchvision draws from the worker's default generator. (`torch.manual_seed` would also queue a
         # seed for every CUDA device, each time.)
-        seed = np.random.SeedSequence((self._order.seed, epoch, place)).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         torch.default_generator.manual_seed(int(seed))
-        position = int(self._order.images_at(place))
         if isinstance(self._images, PixelImages):
             return self._transform(Image.fromarray(self._images.pixels[position].numpy()))
         with self._images.open(position) as file, Image.open(file) as image:

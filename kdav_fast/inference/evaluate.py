@@ -61,15 +61,15 @@ def evaluate(
     network.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=cluster.device)
     batches = ProgressBar(
-        loader, "evaluate", loader.steps_per_epoch, leave=False, disable=None if cluster.is_first else True
+        loader, "evaluate", loader.batches_per_epoch, leave=False, disable=None if cluster.is_first else True
     )
     for batch in batches:
         with autocast(cluster.device, dtype):
             logits = network(batch.images).logits.float()
-        top1, top5 = correct_counts(logits, batch.target, batch.valid)
+        top1, top5 = correct_counts(logits, batch.labels, batch.valid)
         if tally is not None:
-            tally.update(logits, batch.target, batch.valid)
-        losses = F.cross_entropy(logits, batch.target, reduction="none") * batch.valid
+            tally.update(logits, batch.labels, batch.valid)
+        losses = F.cross_entropy(logits, batch.labels, reduction="none") * batch.valid
         sums += torch.stack([top1, top5, losses.sum(), batch.valid.sum()]).double()
     network.train(was_training)
     top1, top5, loss, images = cluster.sum(sums).tolist()

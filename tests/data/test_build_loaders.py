@@ -8,12 +8,14 @@ import torch
 from kdav_fast.config import DataConfig
 from kdav_fast.data import build_loaders, open_images
 from kdav_fast.data.sources.digits import prepare_digits
+from kdav_fast.data.views import ClassPairs, Shuffled
 from kdav_fast.errors import InputError
+from tests.data.batches import assert_equal, order_of
 
 CPU = torch.device("cpu")
 
 
-def build(device=CPU, local_world=1, rank=0, world=1, **config):
+def build(device=CPU, local_world=1, rank=0, world=1, order=Shuffled(), **config):
     data = DataConfig(**({"image_size": 8, "crop": "none", "flip": False} | config))
     return build_loaders(
         data,
@@ -26,6 +28,7 @@ def build(device=CPU, local_world=1, rank=0, world=1, **config):
         local_world=local_world,
         seed=0,
         normalization=SimpleNamespace(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)),
+        order=order,
     )
 
 
@@ -43,6 +46,28 @@ def test_digits_end_to_end(loader):
     # Without augmentation an image is the same in both views.
     position = int(train[0].index[0])
     torch.testing.assert_close(train[0].images[0], measure[position // 100].images[position % 100])
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_the_order_is_that_of_the_training_loaders(resident):
+    sets = build(order=ClassPairs(), resident=resident, train_subset=200, workers=1)
+    views = [next(iter(one)).views for one in (sets.train, sets.training(), sets.evaluation, sets.measure())]
+    assert views == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_another_training_loader_is_independent_and_the_same_each_time(loader):
+    sets = build(loader=loader, crop="random_resized", train_subset=100, workers=1)
+    train, training, again = (list(one) for one in (sets.train, sets.training(), sets.training()))
+    assert_equal(training, again)
+    assert sorted(order_of(training)) == sorted(order_of(train)) == list(range(100))
+    epochs = [order_of(train), order_of(sets.train), order_of(sets.train), order_of(training)]
+    assert len(set(map(tuple, epochs))) == 4
+    index = [torch.cat([batch.index for batch in one]) for one in (train, training)]
+    images = [torch.cat([batch.images for batch in one]) for one in (train, training)]
+    for position in range(10):  # no augmentation twice either
+        one, other = (i[x == position][0] for i, x in zip(images, index, strict=True))
+        assert not torch.equal(one, other)
 
 
 def test_subset_and_own_root(tmp_path):

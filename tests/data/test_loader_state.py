@@ -13,8 +13,9 @@ from kdav_fast.data.preprocessing import (
     TrivialAugment,
 )
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
+from kdav_fast.data.views import ClassPairs, Rotations, Views
 from kdav_fast.errors import InputError
-from tests.data.batches import AUGMENTED, assert_equal
+from tests.data.batches import AUGMENTED, assert_equal, assert_same_images
 
 
 @pytest.mark.parametrize("taken_after", [0, 1, 2, 3, 4, 7])
@@ -60,6 +61,21 @@ def test_an_abandoned_epoch_goes_on_where_it_was_left(make_loader, noise_split):
     assert_equal([first, *loader], list(reference))
 
 
+@pytest.mark.parametrize("order", [Views(3), Rotations(4), ClassPairs()])
+def test_every_order_is_restored_in_the_middle_of_an_epoch(
+    make_loader, noise_split, as_source, through_json, order
+):
+    images, options = as_source(noise_split), {**AUGMENTED, "order": order}
+    loader = make_loader(images, **options)
+    for _ in range(2):
+        next(iter(loader))
+    restored = make_loader(images, **options)
+    restored.load_state_dict(through_json(loader.state_dict()))
+    rest = [*restored, *restored]
+    assert len(rest) == 1 + 3
+    assert_equal(rest, [*loader, *loader])
+
+
 @pytest.mark.parametrize("augment", [None, RandAugment(3, 20), TrivialAugment()])
 @pytest.mark.parametrize("crop", [CenterCrop(8), PaddedCrop(2)])
 def test_every_augmentation_is_restored(make_loader, noise_split, through_json, crop, augment):
@@ -87,7 +103,7 @@ def test_another_sharding_restarts_the_epoch_if_allowed(make_loader, noise_split
     fresh = make_loader(noise_split, **(options | change))
     epochs = [list(fresh) for _ in range(3)]
     batches = list(loader)
-    assert_equal([batch[1:] for batch in batches], [batch[1:] for batch in epochs[2]])
+    assert_same_images(batches, epochs[2])
     # Its augmentation is not that of the first epoch again, and it is restored as exactly as any other.
     assert not torch.equal(batches[0].images, epochs[0][0].images)
     again = make_loader(noise_split, **(options | change))
@@ -113,6 +129,8 @@ def test_the_same_sharding_continues_where_it_was_whatever_is_allowed(make_loade
         ("world", {"world": 2}),
         ("rank", {"world": 2, "rank": 1}),
         ("seed", {"seed": 1}),
+        ("order", {"order": Views(2)}),
+        ("order", {"order": ClassPairs()}),
         ("preprocessing", {"view": {"flip": True}}),
         ("loader", {"other_loader": True}),
     ],
@@ -145,6 +163,3 @@ def test_dali_says_so_when_a_checkpoint_does_not_fit(make_loader, numbered_split
     loader.load_state_dict(state)
     with pytest.raises(InputError, match="does not fit this DALI pipeline; resume with the DALI version"):
         list(loader)
-
-
-CUDA = torch.device("cuda")

@@ -17,27 +17,28 @@ from kdav_fast.data.resident import decode_once
 from kdav_fast.data.sources.folder import ImageFolder
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
 from kdav_fast.errors import InputError
-from tests.data.batches import AUGMENTED, EVERYTHING, assert_equal, order_of
+from tests.data.batches import AUGMENTED, EVERYTHING, assert_equal, assert_same_images, order_of
 
 
 def test_batches_have_the_promised_form(make_loader, numbered_split, as_source):
     folder = numbered_split(10)
     loader = make_loader(as_source(folder))
-    assert (loader.steps_per_epoch, loader.images_per_epoch) == (3, 10)
+    assert (loader.batches_per_epoch, loader.images_per_epoch) == (3, 10)
     batches = list(loader)
     assert len(batches) == 3
     for batch in batches:
         assert batch.images.shape == (4, 3, 8, 8)
         assert batch.images.dtype == torch.float32
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
-        assert batch.target.dtype == batch.index.dtype == torch.int64
+        assert batch.labels.dtype == batch.index.dtype == torch.int64
         assert batch.valid.dtype == torch.bool
-        assert batch.target.shape == batch.index.shape == batch.valid.shape == (4,)
-        # The grey value of image i is i: an index names the pixels and the target it came with.
+        assert batch.labels.shape == batch.index.shape == batch.valid.shape == (4,)
+        # The grey value of image i is i: an index names the pixels and the label it came with.
         torch.testing.assert_close(batch.images, (batch.index / 255).view(4, 1, 1, 1).expand(4, 3, 8, 8))
-        assert batch.target.tolist() == folder.labels[batch.index].tolist()
+        assert batch.labels.tolist() == folder.labels[batch.index].tolist()
     assert order_of(batches) == list(range(10))
     assert batches[-1].valid.tolist() == [True, True, False, False]
+    assert all(batch.mixed is None and batch.views == 1 for batch in batches)
 
 
 def test_normalisation(loader_class, make_loader, numbered_split):
@@ -65,7 +66,7 @@ def assert_every_image_once(make_loader, folder, world, shuffle):
     loaders = [make_loader(folder, rank=rank, world=world, shuffle=shuffle) for rank in range(world)]
     for _ in range(2):
         epochs = [list(loader) for loader in loaders]
-        assert {len(batches) for batches in epochs} == {loaders[0].steps_per_epoch}
+        assert {len(batches) for batches in epochs} == {loaders[0].batches_per_epoch}
         assert sorted(order_of(chain.from_iterable(epochs))) == list(range(len(folder)))
 
 
@@ -111,14 +112,14 @@ def test_order_depends_on_seed_and_epoch(make_loader, numbered_split):
     assert epochs(0) == first
 
 
-def test_both_loaders_take_the_same_images_in_the_same_step(make_loader, numbered_split):
+def test_both_loaders_take_the_same_images_together(make_loader, numbered_split):
     loaders = [
         make_loader(numbered_split(21), loader_class=loader_class, shuffle=True, seed=2, rank=1, world=2)
         for loader_class in (DaliLoader, TorchvisionLoader)
     ]
     for _ in range(2):
         dali, reference = (list(loader) for loader in loaders)
-        assert_equal([batch[1:] for batch in dali], [batch[1:] for batch in reference])
+        assert_same_images(dali, reference)
 
 
 def test_images_stay_valid_after_later_batches_and_the_loader_are_gone(make_loader, noise_split, as_source):
@@ -127,7 +128,7 @@ def test_images_stay_valid_after_later_batches_and_the_loader_are_gone(make_load
     for _ in range(2):
         for batch in loader:
             kept.append(batch)
-            copies.append(type(batch)(*(field.clone() for field in batch)))
+            copies.append(batch._replace(images=batch.images.clone(), index=batch.index.clone()))
     del loader, batch
     assert_equal(kept, copies)
 
@@ -213,7 +214,7 @@ def test_batches_reach_the_gpu(loader_class, make_loader, smooth_split, decode, 
     here = list(make_loader(smooth_split, size=32, crop=crop))
     there = list(make_loader(smooth_split, size=32, crop=crop, device=CUDA, **options))
     for batch, reference in zip(there, here, strict=True):
-        assert all(field.is_cuda for field in batch)
+        assert all(field.is_cuda for field in batch[:4])
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
         assert torch.equal(batch.index.cpu(), reference.index)
         if isinstance(crop, CenterCrop):

@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -114,7 +115,7 @@ def test_inside_an_epoch_it_begins_the_epoch_anew(train):
     last = run_dir / "checkpoints" / "step-00000024"
     assert load_file(last / "distiller.safetensors")["memory.filled"] == 300
     # Class sums count every row that was seen: an epoch, three steps of the next, that one anew, five of the last.
-    order = EpochOrder(240, 32, shuffle=True, seed=0)
+    order = EpochOrder(np.zeros(240, np.int64), 32, shuffle=True, seed=0)
     seen = sum(
         order.valid(order.places(epoch)[:steps]).sum() for epoch, steps in ((0, 8), (1, 3), (1, 8), (2, 5))
     )

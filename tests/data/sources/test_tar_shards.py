@@ -326,4 +326,4 @@ def test_the_loaders_read_shards(make_loader, tmp_path, form):
         for batch in make_loader(images, workers=2):
             expected = greys[batch.index]
             torch.testing.assert_close(batch.images, (expected / 255).view(-1, 1, 1, 1).expand(-1, 3, 8, 8))
-            assert torch.equal(batch.target, expected % 7)
+            assert torch.equal(batch.labels, expected % 7)
