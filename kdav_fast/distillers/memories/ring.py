@@ -1,14 +1,14 @@
 """The queue of teacher features that the auxiliary variable ranges over."""
 
 import math
-from numbers import Integral
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
+from kdav_fast.distillers.memories.gather import gather_rows
 from kdav_fast.errors import InputError
 
 
@@ -42,11 +42,7 @@ class TeacherMemory(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in {"length": length, "width": width, "classes": classes}.items():
-            if not isinstance(value, Integral):
-                raise InputError(f"TeacherMemory: {name} is {value!r}; it must be a whole number")
-            if value < 1:
-                raise InputError(f"TeacherMemory: {name} is {value}; it must be at least 1")
+        check_sizes("TeacherMemory", length=length, width=width, classes=classes)
         if posterior not in ("dense", "ids"):
             raise InputError(f"TeacherMemory: posterior is {posterior!r}; allowed: 'dense', 'ids'")
         if not 0 < temperature < math.inf:
@@ -102,7 +98,7 @@ class TeacherMemory(nn.Module):
             keep &= valid
         embedding = F.normalize(teacher_embedding.float(), dim=1).to(self._embedding.dtype)
         posterior = self._as_posterior(knowledge)
-        embedding, posterior, keep = _gather(embedding, posterior, keep)
+        embedding, posterior, keep = gather_rows(embedding, posterior, keep)
 
         rank = keep.cumsum(0) - 1  # a row's place among those kept
         pushed = keep.sum()
@@ -135,34 +131,9 @@ class TeacherMemory(nn.Module):
                 f"TeacherMemory.push: teacher_logits_or_labels is {knowledge.dtype} of shape "
                 f"{tuple(knowledge.shape)}; needed: {wanted}"
             )
-        if valid is not None and (valid.dtype != torch.bool or valid.shape != (batch,)):
-            raise InputError(
-                f"TeacherMemory.push: valid is {valid.dtype} of shape {tuple(valid.shape)}; needed: {batch} booleans"
-            )
+        if valid is not None:
+            check_valid("TeacherMemory.push", valid, batch)
         if labels:
-            self._check_labels(knowledge if valid is None else knowledge.where(valid, 0))
-
-    def _check_labels(self, labels: Tensor) -> None:
-        outside = (labels < 0) | (labels >= self.classes)
-        if labels.device.type != "cpu":
-            torch._assert_async(~outside.any())  # without waiting for its outcome
-        elif outside.any():
-            raise InputError(
-                f"TeacherMemory.push: a class id is {labels[outside][0]}; needed: 0 to {self.classes - 1}, as the "
-                f"memory has {self.classes} classes"
-            )
-
-
-def _gather(*columns: Tensor) -> tuple[Tensor, ...]:
-    """Rows of all ranks, in rank order, of several tensors with as many rows: side by side as bytes, in one message."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return columns
-    as_bytes = [column.contiguous().view(len(column), -1).view(torch.uint8) for column in columns]
-    wire = torch.cat(as_bytes, dim=1)
-    gathered = wire.new_empty(dist.get_world_size() * wire.shape[0], wire.shape[1])
-    dist.all_gather_into_tensor(gathered, wire)
-    parts = gathered.split([part.shape[1] for part in as_bytes], dim=1)
-    return tuple(
-        part.contiguous().view(column.dtype).view(-1, *column.shape[1:])
-        for part, column in zip(parts, columns, strict=True)
-    )
+            counted = knowledge if valid is None else knowledge.where(valid, 0)
+            reason = f"the memory has {self.classes} classes"
+            check_range("TeacherMemory.push", "a class id", counted, self.classes, reason)
