@@ -169,6 +169,10 @@ class CheckpointFolders:
 
     def _name(self, step: int, temporary: Path) -> None:
         folder = self._root / f"step-{step:08d}"
+        if (
+            folder.exists()
+        ):  # before distillation, every save is of step 0; a crash in here begins the run anew
+            _remove(folder)
         temporary.rename(folder)
         self._point_to(folder)
 
@@ -194,13 +198,18 @@ class CheckpointFolders:
                 kept.add(max(scored, key=lambda folder: (scores[folder], step_of(folder))))
         for folder in folders:
             if folder not in kept:
-                nameless = folder.rename(folder.with_name(folder.name + TEMPORARY))
-                shutil.rmtree(nameless, ignore_errors=True)  # a crash leaves no half of a checkpoint
+                _remove(folder)
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
     """Whole or damaged, in any order; none if there is no such folder."""
     return [path for path in root.glob("step-*") if FOLDER_NAME.fullmatch(path.name) and path.is_dir()]
+
+
+def _remove(folder: Path) -> None:
+    """So that a crash leaves no half of a checkpoint."""
+    nameless = folder.rename(folder.with_name(f"{folder.name}-old{TEMPORARY}"))
+    shutil.rmtree(nameless, ignore_errors=True)
 
 
 def _write_all(folder: Path, contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]] | str:

@@ -1,4 +1,4 @@
-"""The student's weights and optimizer state in pieces: each rank saves those that it holds.
+"""Trained weights and their optimizer state in pieces: each rank saves those that it holds.
 
 A piece is a stretch of one flattened parameter, named `KIND:PARAMETER:START`; of what is one number for a parameter,
 such as a step count, `KIND:PARAMETER:value`. At ZeRO stage 0 every rank holds all, and they share the work; at the
@@ -10,19 +10,29 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.processes import Cluster
-from kdav_fast.train.engine import StudentEngine
 
 WEIGHT = "weight"
 _VALUE = "value"
 _GROUP = "group."
+
+
+class Trained(Protocol):
+    """What is trained, and how: an engine."""
+
+    module: nn.Module
+    zero_stage: int
+    optimizer: torch.optim.Optimizer
+    """The one that the user chose."""
+    sharded: Any
+    """DeepSpeed's around it; None at stage 0."""
 
 
 class _Piece(NamedTuple):
@@ -48,21 +58,21 @@ class _Piece(NamedTuple):
             tensor.narrow(0, self.offset, self.length).copy_(stretch)
 
 
-def training_state(engine: StudentEngine, cluster: Cluster) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+def training_state(engine: Trained, cluster: Cluster) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """This rank's pieces of weights and optimizer state, on the CPU, and what the optimizer keeps for its groups."""
     pieces = list(_pieces(engine, cluster))
     if engine.zero_stage == 0:
         pieces = pieces[cluster.rank :: cluster.world]
     tensors = {}
     for piece in pieces:
-        for kind, value in {WEIGHT: piece.owner, **_base(engine).state.get(piece.owner, {})}.items():
+        for kind, value in {WEIGHT: piece.owner, **engine.optimizer.state.get(piece.owner, {})}.items():
             if not isinstance(value, Tensor):
                 continue  # momentum that is switched off
             stretches = value.shape == piece.owner.shape
             saved = piece.read(value) if stretches else value.detach().reshape(())
             place = piece.start if stretches else _VALUE
             tensors[f"{kind}:{piece.parameter}:{place}"] = saved.to("cpu", copy=True)
-    groups = _base(engine).param_groups
+    groups = engine.optimizer.param_groups
     for number, group in enumerate(groups):
         for name, value in group.items():
             # apex's NovoGrad keeps its norms here.
@@ -74,7 +84,7 @@ def training_state(engine: StudentEngine, cluster: Cluster) -> tuple[dict[str, T
 
 @torch.no_grad()
 def restore_training_state(
-    engine: StudentEngine, cluster: Cluster, files: Iterable[Path], groups: list[dict[str, Any]]
+    engine: Trained, cluster: Cluster, files: Iterable[Path], groups: list[dict[str, Any]]
 ) -> None:
     """Put together what `training_state` gave on every rank of an earlier run.
 
@@ -87,7 +97,7 @@ def restore_training_state(
     Raises:
         InputError: a stretch of a parameter is in none of the files: they are of another student.
     """
-    optimizer = _base(engine)
+    optimizer = engine.optimizer
     with ExitStack() as stack:
         saved = _SavedPieces([stack.enter_context(safe_open(file, "pt")) for file in files])
         for piece in _pieces(engine, cluster):
@@ -108,13 +118,8 @@ def restore_training_state(
     _spread_weights(engine)
 
 
-def _base(engine: StudentEngine) -> torch.optim.Optimizer:
-    """The optimizer that the user chose, inside DeepSpeed's."""
-    return engine.optimizer if engine.zero_stage == 0 else engine.optimizer.optimizer
-
-
-def _pieces(engine: StudentEngine, cluster: Cluster) -> Iterator[_Piece]:
-    zero = engine.optimizer
+def _pieces(engine: Trained, cluster: Cluster) -> Iterator[_Piece]:
+    zero = engine.sharded
     for name, parameter in engine.module.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -134,9 +139,9 @@ def _pieces(engine: StudentEngine, cluster: Cluster) -> Iterator[_Piece]:
                 yield _Piece(name, start, length, zero.fp32_partitioned_groups_flat[group], offset)
 
 
-def _spread_weights(engine: StudentEngine) -> None:
+def _spread_weights(engine: Trained) -> None:
     """From what the optimizer updates to what the network computes with."""
-    zero = engine.optimizer
+    zero = engine.sharded
     if engine.zero_stage in (1, 2):
         zero.update_lp_params()
     elif engine.zero_stage == 3:

@@ -57,6 +57,11 @@ class MethodConfig(Section):
     takes_mixed: ClassVar[bool] = True
     """Whether it can use images of mixup and CutMix, whose labels are class shares."""
 
+    needs_stages: ClassVar[bool] = False
+    """Whether it wants `Outputs.stages`, of student and teacher."""
+    needs_preactivations: ClassVar[bool] = False
+    """Whether it wants `Outputs.preactivations`."""
+
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
         for key in inspect.get_annotations(cls):

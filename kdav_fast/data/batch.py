@@ -36,11 +36,6 @@ class Batch(NamedTuple):
         """V*B booleans: `valid` of every row of `images`."""
         return self.valid.repeat(self.views)
 
-    @property
-    def foremost_rows(self) -> Tensor:
-        """V*B class ids: `foremost` of every row of `images`."""
-        return self.foremost.repeat(self.views)
-
 
 class Loader(Protocol):
     """One split of a data set, as one rank sees it."""

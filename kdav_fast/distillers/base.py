@@ -102,10 +102,6 @@ class Distiller(nn.Module):
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     order: Order = Shuffled()
     """Which training images it sees together."""
-    needs_stages: bool = False
-    """Whether `Outputs.stages` are wanted, of student and teacher."""
-    needs_preactivations: bool = False
-    """Whether `Outputs.preactivations` are."""
 
     def __init__(self, config: MethodConfig, facts: Facts) -> None:
         super().__init__()

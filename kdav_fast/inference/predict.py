@@ -213,7 +213,7 @@ def _prediction(image: str, answer: Tensor | str, trained: Trained, top: int) ->
         return Prediction(image, problem=answer)
     if not answer.isfinite().all():
         return Prediction(image, problem="its class scores are not finite")
-    probabilities = None if trained.card.distiller == "kdav" else answer.softmax(0)
+    probabilities = answer.softmax(0) if trained.card.probabilistic else None
     scores, best = answer.topk(min(top, len(answer)))
     return Prediction(
         image,

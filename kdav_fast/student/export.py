@@ -44,7 +44,7 @@ class Exported(NamedTuple):
 
 
 def export(source: Path, output: Path | None = None, format: Format | None = None) -> Exported:
-    """Fold a student into its stock architecture and write it.
+    """Write a student in the stock architecture.
 
     Args:
         source: a run, a checkpoint folder or a student file.
@@ -98,7 +98,7 @@ def export_onnx(source: Path, output: Path) -> float | None:
 
 def _write_safetensors(student: Student, card: StudentCard, output: Path) -> float:
     stock = _stock(student, card)
-    _write(output, student_bytes(stock.state_dict(), card.model_copy(update={"embedding_width": None})))
+    _write(output, student_bytes(stock.state_dict(), card))
     return _difference(student, stock, card)
 
 
@@ -177,7 +177,7 @@ def _write(output: Path, content: bytes) -> None:
 
 def _stock(student: Student, card: StudentCard) -> nn.Module:
     stock = build_stock(card.name, len(card.classes), width=card.width, arguments=card.arguments)
-    stock.load_state_dict(student.deployed(), strict=True)
+    stock.load_state_dict(student.weights(), strict=True)
     return stock.eval().requires_grad_(False)
 
 

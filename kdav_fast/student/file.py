@@ -14,8 +14,7 @@ from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
 from kdav_fast.errors import InputError
 from kdav_fast.models import Normalization, build_classifier, load_weights
 from kdav_fast.runtime.files import write_whole
-from kdav_fast.student.heads import HEADS
-from kdav_fast.student.student import HEAD_PREFIX, Student
+from kdav_fast.student.student import Student
 
 FILE_NAME = "student.safetensors"
 CHECKPOINTS = "checkpoints"
@@ -24,7 +23,7 @@ CARD_KEY = "kdav_fast"
 
 
 class StudentCard(Section):
-    """Everything that is needed to use the weights, kept in the file's metadata."""
+    """Everything that is needed to use the weights of the stock architecture, kept in the file's metadata."""
 
     name: str
     """The architecture: `timm:NAME`, `torchvision:NAME` or `cifar:NAME`."""
@@ -36,11 +35,13 @@ class StudentCard(Section):
     mean: Triple
     std: Triple
     """Input normalisation of RGB pixels in 0..1."""
-    embedding_width: Count | None
-    """Width of the embedding head; None for weights of the stock architecture."""
+    embedding_width: None = None
+    """Files of version 0.1 may say here how wide a head is that is not folded; such a file is not read."""
     data: DataConfig
     """The data it was trained with; evaluation uses its root and sizes unless told otherwise."""
     distiller: str
+    probabilistic: bool = True
+    """Whether a softmax of the class scores is a distribution: not where they are cosines."""
     step: int
     epoch: float
     steps: Count | None = None
@@ -87,6 +88,11 @@ def read_card(metadata: dict[str, str], file: Path | str = "the file") -> Studen
         return StudentCard.model_validate_json(metadata[CARD_KEY])
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
+        if first["loc"] == ("embedding_width",):
+            raise InputError(
+                f"{file} holds a student whose embedding head is not folded into its classifier, as version 0.1 kept "
+                "it; export it with that version ('kdav export'), and give the exported file"
+            ) from None
         reason = " ".join(f"{'.'.join(map(str, first['loc']))} {first['msg']}".split())
         raise InputError(
             f"{file}: its '{CARD_KEY}' metadata is damaged or of another version ({reason}); export it again, or give "
@@ -170,32 +176,19 @@ def read_student(path: Path) -> tuple[Student, StudentCard]:
         image_size=card.data.image_size,
         arguments=card.arguments,
     )
-    head = None
-    if card.embedding_width is not None:
-        if card.distiller not in HEADS:
-            raise InputError(
-                f"{file} has an embedding head of distiller '{card.distiller}'; this version knows those of "
-                f"{', '.join(map(repr, HEADS))}: read it with the version that wrote it"
-            )
-        head = HEADS[card.distiller](network.feature_width, card.embedding_width, len(card.classes))
-    student = Student(network, head)
     try:
-        student.load_weights(weights)
+        network.load_stock_state_dict(weights)
     except InputError as error:
         raise InputError(f"{file}: {error}") from None
-    return student.eval(), card
+    return Student(network).eval(), card
 
 
 def read_stock_weights(path: Path) -> tuple[dict[str, Tensor], StudentCard | None]:
-    """Weights under the stock architecture's names from any checkpoint; an embedding head is folded.
+    """Weights under the stock architecture's names from any file of weights, and its card if it has one.
 
     Raises:
         InputError: the file cannot be used.
     """
     file = find_student_file(path)
     weights, metadata = load_weights(file)
-    card = read_card(metadata, file)
-    if card is not None and any(name.startswith(HEAD_PREFIX) for name in weights):
-        student, card = read_student(file)
-        return student.deployed(), card
-    return weights, card
+    return weights, read_card(metadata, file)

@@ -16,6 +16,9 @@ class FoldableHead(nn.Module):
     The projector is Linear + BatchNorm: affine at inference, so that projector and classifier fold into one
     `nn.Linear` and the deployed student keeps its stock architecture.
 
+    Attributes:
+        probabilistic: whether a softmax of the class scores is a distribution.
+
     Args:
         student_width: penultimate features of the student.
         teacher_width: d, the teacher's embedding width.
@@ -24,6 +27,8 @@ class FoldableHead(nn.Module):
     Raises:
         InputError: a size below 1.
     """
+
+    probabilistic: bool = True
 
     def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
         super().__init__()
@@ -76,6 +81,7 @@ class EmbeddingHead(FoldableHead):
 
     SUMS = ("class_sum", "class_mass")
     """Buffers that are sums over what this process has seen."""
+    probabilistic = False
 
     def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
         super().__init__(student_width, teacher_width, classes)
@@ -167,7 +173,3 @@ class ReusedClassifierHead(FoldableHead):
     def classifier(self) -> tuple[Tensor, Tensor]:
         """The teacher's."""
         return self.classifier_weight, self.classifier_bias
-
-
-HEADS: dict[str, type[FoldableHead]] = {"kdav": EmbeddingHead, "simkd": ReusedClassifierHead}
-"""By `distiller.name`; the others leave the student its own classifier."""

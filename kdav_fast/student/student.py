@@ -8,8 +8,6 @@ from kdav_fast.models import ImageClassifier
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import FoldableHead
 
-HEAD_PREFIX = "embedding_head."
-
 
 class Student(nn.Module):
     """A classifier under training.
@@ -49,32 +47,10 @@ class Student(nn.Module):
             embedding = self.head(features)
             return Outputs(features, self.head.classify(embedding.detach()), embedding)
 
-    def weights(self) -> dict[str, Tensor]:
-        """What a file holds: the stock architecture's tensors, the head's in place of the classifier's. Copies."""
-        state = self.network.stock_state_dict()
-        if self.head is not None:
-            for name in self.network.head_names():
-                del state[name]
-            state |= {HEAD_PREFIX + name: tensor for name, tensor in self.head.state_dict().items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
-
-    def load_weights(self, state: dict[str, Tensor]) -> None:
-        """Load what `weights` gave; raises `InputError` that names the first tensors that differ."""
-        state = dict(state)
-        if self.head is not None:
-            own = {name: state.pop(name) for name in list(state) if name.startswith(HEAD_PREFIX)}
-            try:
-                self.head.load_state_dict({name.removeprefix(HEAD_PREFIX): own[name] for name in own})
-            except RuntimeError as error:
-                raise InputError(f"the embedding head does not fit: {' '.join(str(error).split())}") from None
-            current = self.network.stock_state_dict()
-            state |= {name: current[name] for name in self.network.head_names()}
-        self.network.load_stock_state_dict(state)
-
     @torch.no_grad()
-    def deployed(self) -> dict[str, Tensor]:
-        """The stock architecture's weights, the head folded into its classifier: exact in evaluation mode."""
+    def weights(self) -> dict[str, Tensor]:
+        """The stock architecture's weights, a head folded into its classifier: exact in evaluation mode. Copies."""
         state = self.network.stock_state_dict()
         if self.head is not None:
             state |= self.network.head_state_dict(self.head.fold())
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}

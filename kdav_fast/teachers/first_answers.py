@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kdav_fast.distillers import Target
+from kdav_fast.data.batch import Batch
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.precision import dtype_name
@@ -44,8 +44,8 @@ class FirstAnswers:
         self._counts = torch.zeros(2, device=cluster.device)
 
     @torch.no_grad()
-    def see(self, images: Tensor, answers: Outputs, target: Target) -> None:
-        """One batch and what the teacher answered to it; every rank must call this.
+    def see(self, batch: Batch, answers: Outputs) -> None:
+        """A batch and what the teacher answered to it; every rank must call this.
 
         Raises:
             InputError: it is the first one, and not all answers are finite.
@@ -54,9 +54,10 @@ class FirstAnswers:
             return
         if self._first:
             self._first = False
-            self._judge(images, answers, target.valid)
-        right = (answers.logits.argmax(1) == target.foremost) & target.valid
-        self._counts += torch.stack([right.sum(), target.valid.sum()])
+            self._judge(batch.images, answers, batch.valid_rows)
+        # Of other views, turned images say, it need know nothing.
+        right = (answers.logits[: len(batch.labels)].argmax(1) == batch.foremost) & batch.valid
+        self._counts += torch.stack([right.sum(), batch.valid.sum()])
         self._classes = answers.logits.shape[1]
 
     def tell(self) -> None:

@@ -1,8 +1,9 @@
-"""The frozen teacher."""
+"""The frozen teacher: a network that answers every batch."""
 
 import torch
 from torch import Tensor, nn
 
+from kdav_fast.data.batch import Batch
 from kdav_fast.models import ImageClassifier
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.precision import autocast
@@ -36,13 +37,13 @@ class FrozenTeacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Outputs:
-        """B x 3 x S x S images, normalised as the data are, to float32 outputs."""
-        return self.answer(images, self.dtype)
+    def forward(self, batch: Batch) -> Outputs:
+        """The answers to `batch.images`, normalised as the data are: float32, but for feature maps."""
+        return self.answer(batch.images, self.dtype)
 
     @torch.no_grad()
     def answer(self, images: Tensor, dtype: torch.dtype | None) -> Outputs:
-        """`forward` in another autocast dtype."""
+        """The answers to V*B x 3 x S x S images in another autocast dtype."""
         with autocast(self.device, dtype):
             outputs = self.network(self.renormalize(images))
-        return Outputs(outputs.features.float(), outputs.logits.float())
+        return outputs._replace(features=outputs.features.float(), logits=outputs.logits.float())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from kdav_fast.runtime.processes import Cluster
 
 if TYPE_CHECKING:
     from kdav_fast.data.batch import Batch
+    from kdav_fast.student.trainee import Answer
 
 
 def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,20 +46,17 @@ class TrainMeter:
         if name == "data":
             self._waited += time.perf_counter() - started
 
-    def update(self, logits: Tensor, batch: Batch, loss: Tensor, parts: Mapping[str, Tensor]) -> None:
-        """Add one batch; asks nothing of the device that it would have to be waited for.
-
-        Args:
-            logits: V*B x K.
-            batch: what they answer.
-            loss: scalar, a mean over valid rows.
-            parts: of it, by name; the same.
-        """
+    def update(self, answer: Answer, batch: Batch) -> None:
+        """Add one batch; asks nothing of the device that it would have to be waited for."""
         images = batch.valid.sum()
-        top1, top5 = correct_counts(logits.detach(), batch.foremost_rows, batch.valid_rows)
-        values = {"loss": loss.detach()} | {f"loss/{name}": value for name, value in parts.items()}
+        # Of other views, turned images say, the student need know nothing.
+        logits = answer.logits[: len(batch.labels)]
+        top1, top5 = correct_counts(logits, batch.foremost, batch.valid)
+        values = {"loss": answer.total.detach()} | {
+            f"loss/{name}": part for name, part in answer.parts.items()
+        }
         sums = {name: value.double() * images for name, value in values.items()}
-        sums |= {"top1": 100.0 * top1 / batch.views, "top5": 100.0 * top5 / batch.views, "images": images}
+        sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.double()
         self._timed_images = self._timed_images + images

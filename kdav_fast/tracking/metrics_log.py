@@ -14,6 +14,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
 
 FILE_NAME = "metrics.jsonl"
+_BEFORE_ALL = -(2**31)
 
 
 class MetricsLog:
@@ -24,14 +25,15 @@ class MetricsLog:
 
     Args:
         run_dir: the run's folder; made if needed. Events go to `run_dir/tensorboard`.
-        resume_step: the optimizer step that was restored; `None` starts from nothing.
+        resume_step: the optimizer step that was restored, below 0 for what comes before distillation; `None` starts
+            from nothing.
 
     Raises:
         InputError: the folder cannot be written, or `metrics.jsonl` holds something else than metrics.
     """
 
     def __init__(self, run_dir: Path, resume_step: int | None):
-        last_step = -1 if resume_step is None else resume_step
+        last_step = _BEFORE_ALL if resume_step is None else resume_step
         path = run_dir / FILE_NAME
         self._run_dir = run_dir
         try:

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.config import Config
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.processes import Cluster, start_cluster
-from kdav_fast.student.file import CHECKPOINTS
-from kdav_fast.train.checkpoints import restore_checkpoint
+from kdav_fast.train.beginning import settled_config
+from kdav_fast.train.checkpoints import Checkpoints, Position
 from kdav_fast.train.extension import extension_line, is_complete
-from kdav_fast.train.loop import prepare
+from kdav_fast.train.run import Run
 from kdav_fast.train.run_folder import config_facts
-from kdav_fast.train.setup import Parts
+from kdav_fast.train.setup import set_up
 from kdav_fast.train.step import MicroBatch, find_gradients
 
 _MIB = 2**20
@@ -39,22 +38,25 @@ def check_training(config: Config, extend: bool = False) -> None:
     cluster = start_cluster(config.device, config.train.comm_timeout, config_facts(config))
     with cluster.liveness.naming_lost_ranks():
         cluster.on_first(lambda: _require_writable(config.run_dir))
-        parts, extended = prepare(config, cluster, extend)
-        for line in _set_up_lines(parts):
-            cluster.say(line)
+        config, extended = settled_config(config, cluster, extend)
         if cluster.on_first(lambda: is_complete(config)):
             cluster.say(f"run_dir: {config.run_dir} is complete; there is nothing to do")
             return
-        folders = CheckpointFolders(config.run_dir / CHECKPOINTS, cluster, 1, False, read_only=True)
-        step = restore_checkpoint(folders, parts)
-        parts.student.train()
-        seen = find_gradients(parts, iter(parts.loaders.train))
-        cluster.say(_batch_line(seen, parts))
-        if parts.first_answers is not None:
-            parts.first_answers.tell()
-        cluster.say(f"run_dir: {_start_line(parts, step)}")
+        run = set_up(config, cluster)
+        for line in _set_up_lines(run):
+            cluster.say(line)
+        position = Checkpoints(run, read_only=True).restore()
+        step = None if position is None else position.step
+        if step is None:
+            run.start_engine()
+        run.trainee.train()
+        seen = find_gradients(run, iter(run.loaders.train), step or 0)
+        cluster.say(_batch_line(seen, run))
+        if run.first_answers is not None:
+            run.first_answers.tell()
+        cluster.say(f"run_dir: {_start_line(run, position)}")
         if step and extended:
-            cluster.say(extension_line(config, extended, step, parts.steps))
+            cluster.say(extension_line(config, extended, step, run.steps))
         cluster.say("checked; nothing was written")
 
 
@@ -66,23 +68,23 @@ def _require_writable(run_dir: Path) -> None:
         raise InputError(f"run_dir {run_dir}: of {place}, {why}; give a folder that can be written")
 
 
-def _set_up_lines(parts: Parts) -> Iterator[str]:
-    config, train = parts.config, parts.config.train
-    images, loaders = parts.loaders.train.images_per_epoch, parts.loaders
+def _set_up_lines(run: Run) -> Iterator[str]:
+    config, train = run.config, run.config.train
+    images, loaders = run.loaders.train.images_per_epoch, run.loaders
     yield (
         f"data: {images:,} training and {loaders.evaluation.images_per_epoch:,} evaluation images, "
         f"{len(loaders.classes):,} classes, {config.data.image_size} pixels"
     )
-    yield f"model: {config.model.name}, {_parameters(parts.student)}"
-    if parts.teacher is not None:
-        yield f"teacher: {config.teacher.name}, {_parameters(parts.teacher)}"
-    if kept := sum(buffer.nbytes for buffer in parts.distiller.buffers()):
+    yield f"model: {config.model.name}, {_parameters(run.student)}"
+    if run.teacher is not None:
+        yield f"teacher: {config.teacher.name}, {_parameters(run.teacher)}"
+    if kept := sum(buffer.nbytes for buffer in run.distiller.buffers()):
         yield f"distiller: {config.distiller.name}, {kept / _MIB:.1f} MiB of memory"
-    precision = "fp32" if parts.dtype is None else str(parts.dtype).removeprefix("torch.")
+    precision = "fp32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
     yield (
-        f"run: {parts.steps:,} steps, {train.epochs:g} epochs of {parts.steps_per_epoch:g}; batches of "
-        f"{train.batch_size:,} over {parts.cluster.world} process{'es' * (parts.cluster.world > 1)}; {precision} on "
-        f"{parts.cluster.device.type}, ZeRO stage {train.zero_stage}"
+        f"run: {run.steps:,} steps, {train.epochs:g} epochs of {run.steps_per_epoch:g}; batches of "
+        f"{train.batch_size:,} over {run.cluster.world} process{'es' * (run.cluster.world > 1)}; {precision} on "
+        f"{run.cluster.device.type}, ZeRO stage {train.zero_stage}"
     )
 
 
@@ -92,16 +94,16 @@ def _parameters(network: nn.Module) -> str:
     return f"{count:,} parameters"
 
 
-def _batch_line(seen: list[MicroBatch], parts: Parts) -> str:
+def _batch_line(seen: list[MicroBatch], run: Run) -> str:
     """The first batch's loss on all ranks; raises `InputError` if it is not finite."""
-    loss = torch.stack([micro.losses.total.detach().double() for micro in seen]).mean()
-    loss = parts.cluster.sum(loss).item() / parts.cluster.world
+    loss = torch.stack([micro.answer.total.detach().double() for micro in seen]).mean()
+    loss = run.cluster.sum(loss).item() / run.cluster.world
     if not torch.isfinite(torch.tensor(loss)):
         raise InputError(
             f"the loss of the first batch is {loss}; look at the teacher's weights, the normalisation of the images "
             "and train.precision"
         )
-    return f"first batch: loss {loss:.4g}; {_peak_memory(parts.cluster)}"
+    return f"first batch: loss {loss:.4g}; {_peak_memory(run.cluster)}"
 
 
 def _peak_memory(cluster: Cluster) -> str:
@@ -113,8 +115,10 @@ def _peak_memory(cluster: Cluster) -> str:
     return f"at most {peak / _MIB:,.0f} MiB {where} so far, without the optimizer's state"
 
 
-def _start_line(parts: Parts, step: int | None) -> str:
-    run_dir = parts.run_dir
-    if step is not None:
-        return f"{run_dir} would be continued after step {step} of {parts.steps}"
+def _start_line(run: Run, position: Position | None) -> str:
+    run_dir = run.run_dir
+    if position is not None and position.step is None:
+        return f"{run_dir} would be continued in what comes before distillation"
+    if position is not None:
+        return f"{run_dir} would be continued after step {position.step} of {run.steps}"
     return f"{run_dir} {'holds nothing to continue from' if run_dir.exists() else 'would be made'}; the run would begin"

@@ -1,9 +1,11 @@
-"""What a run needs to continue as if it had never stopped: what is saved, and how it is restored."""
+"""What a run needs to continue as if it had never stopped: what is saved and when, and how it is restored."""
 
 import base64
 import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,138 +17,271 @@ from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.checkpoint.pieces import restore_training_state, training_state
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.processes import Cluster
-from kdav_fast.student.file import FILE_NAME, student_bytes
-from kdav_fast.student.heads import EmbeddingHead
+from kdav_fast.student.file import CHECKPOINTS, FILE_NAME, student_bytes
+from kdav_fast.train.phases import PhasePosition, Restored, momentum
+from kdav_fast.train.run import Run
 
-if TYPE_CHECKING:
-    from kdav_fast.train.setup import Parts
-
+_FORMAT = 2
+"""Of what lies in a checkpoint: another one is refused."""
 _DISTILLER = "distiller.safetensors"
 _AVERAGE = "average.safetensors"
+_LEARNED = "learned.safetensors"
+_MOMENTUM = "momentum.safetensors"
+_SUM = "sum:"
 
 
-def begin_checkpoint(folders: CheckpointFolders, parts: "Parts", step: int, score: float | None) -> None:
-    """Start to save everything, as it is now; every rank must call this, and `folders.finish()` later.
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    step: int | None = None
+    """Optimizer steps done; None: distillation has not begun."""
+    phases: PhasePosition = field(default_factory=PhasePosition)
+
+
+class Checkpoints:
+    """The checkpoints of a run. Every rank calls every method alike.
 
     Each rank saves its pieces of weights and optimizer state, its own BatchNorm statistics, loader position and
     random state. What is the same on all ranks, the first one saves: distiller, average weights, and the student as
     it would be evaluated.
 
     Args:
-        folders: where.
-        parts: the run.
-        step: optimizer steps done.
-        score: accuracy of this student, if it was measured.
+        run: whose.
+        before_write: called by the first rank before it changes anything; may raise `InputError`.
+        read_only: nothing is changed; nothing is saved.
     """
-    cluster = parts.cluster
-    pieces, groups = training_state(parts.engine, cluster)
-    rank_state = {
-        "loader": parts.loaders.train.state_dict(),
-        "random": _random_state(cluster),
-        "optimizer_groups": groups,
-    }
-    contents = {
-        _pieces_file(cluster.rank): save(pieces),
-        _buffers_file(cluster.rank): save(_portable(dict(_buffers(parts)))),
-        _rank_file(cluster.rank): json.dumps(rank_state).encode(),
-    }
-    with parts.savable():
-        weights = parts.evaluated_student.weights()
-    if cluster.is_first:
-        contents[FILE_NAME] = student_bytes(weights, parts.card(step))
-        contents[_DISTILLER] = save(_portable(parts.distiller.state_dict()))
-        if parts.average is not None:
-            contents[_AVERAGE] = save(_portable(parts.average.state_dict()))
-    facts = {
-        "world": cluster.world,
-        "score": score,
-        "loss_scale": parts.engine.loss_scale.state_dict(),
-        "skipped_steps": parts.skipped_steps,
-    }
-    folders.begin(step, contents, facts)
+
+    def __init__(
+        self, run: Run, before_write: Callable[[], None] = lambda: None, read_only: bool = False
+    ) -> None:
+        self._run, self._train = run, run.config.train
+        self._folders = CheckpointFolders(
+            run.run_dir / CHECKPOINTS,
+            run.cluster,
+            self._train.keep_checkpoints,
+            self._train.keep_best,
+            before_write=before_write,
+            read_only=read_only,
+        )
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing its part of a checkpoint."""
+        return self._folders.writing
+
+    def after_step(
+        self, step: int, *, due: bool, wait: bool, writing: bool, score: float | None = None
+    ) -> None:
+        """Begin to save if it is due, and finish what was begun as soon as no rank is writing any more.
+
+        Args:
+            step: optimizer steps done.
+            due: save the run as it is now.
+            wait: until it is saved; with `train.async_checkpoints` off, that is always so.
+            writing: whether any rank was writing when all were last asked.
+            score: accuracy of this student, if it was measured.
+        """
+        if due:
+            self.save(step, score)
+            if wait or not self._train.async_checkpoints:
+                self.finish()
+        # What was begun after the others were asked may still be in work there.
+        elif self._folders.pending is not None and not writing and self._folders.pending < step - 1:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until what was begun is saved."""
+        self._folders.finish()
+
+    def save(self, step: int, score: float | None = None) -> None:
+        """Begin to save everything, as it is now."""
+        run = self._run
+        pieces, groups = training_state(run.engine, run.cluster)
+        contents = {
+            _pieces_file(run.cluster.rank): save(pieces),
+            **self._of_this_rank({"optimizer_groups": groups, "loader": run.loaders.train.state_dict()}),
+        }
+        with run.savable():
+            weights = run.evaluated_student.weights() if step else None  # there is no student before
+        if run.cluster.is_first:
+            contents |= self._of_all_ranks()
+            if weights:
+                contents[FILE_NAME] = student_bytes(weights, run.card(step))
+            if run.average is not None:
+                contents[_AVERAGE] = save(_portable(run.average.state_dict()))
+        facts = {"score": score, "loss_scale": run.engine.loss_scale.state_dict()}
+        self._begin(step, contents, {**facts, "skipped_steps": run.skipped_steps})
+
+    def save_phase(self, position: PhasePosition) -> None:
+        """Save where a run stands before distillation."""
+        run = self._run
+        # Copies: they may be buffers of the head, which are saved too.
+        sums = {f"{_SUM}{number}": tensor.clone() for number, tensor in enumerate(position.sums)}
+        contents = self._of_this_rank({"loader": position.loader.state_dict()}, sums)
+        if run.cluster.is_first:
+            contents |= self._of_all_ranks()
+            contents[_LEARNED] = save(_portable(run.trainee.learned.state_dict()))
+            contents[_MOMENTUM] = save(_portable(momentum(position)))
+        self._begin(0, contents, {"phase": position.number, "batches": position.step})
+        self.finish()
+
+    def _of_this_rank(self, state: dict[str, Any], sums: dict[str, Tensor] | None = None) -> dict[str, bytes]:
+        cluster = self._run.cluster
+        state = {**state, "random": _random_state(cluster)}
+        return {
+            _buffers_file(cluster.rank): save(_portable({**_buffers(self._run), **(sums or {})})),
+            _rank_file(cluster.rank): json.dumps(state).encode(),
+        }
+
+    def _of_all_ranks(self) -> dict[str, bytes]:
+        return {_DISTILLER: save(_portable(self._run.distiller.state_dict()))}
+
+    def _begin(self, step: int, contents: dict[str, bytes], facts: dict[str, Any]) -> None:
+        self._folders.begin(step, contents, {"format": _FORMAT, "world": self._run.cluster.world, **facts})
+
+    def restore(self) -> Position | None:
+        """Restore the newest intact checkpoint, starting the engine if distillation had begun; None if there is none.
+
+        Another number of processes may continue it with `data.on_reshard=restart_epoch`: weights, optimizer and memory
+        are exact; BatchNorm statistics are the mean over its ranks; the loaders begin its epoch anew, and the random
+        states of mixing follow from seed, step and rank. What comes before distillation is then begun anew.
+
+        Raises:
+            InputError: all checkpoints are damaged, or the newest intact one is of another form, or was written by
+                another number of processes and that is not allowed.
+        """
+        found = self._folders.newest_intact()
+        if found is None:
+            return None
+        folder, manifest = found
+        if manifest.get("format") != _FORMAT:
+            raise InputError(
+                f"{folder} is of a run that another version of kdav_fast began, which this one cannot continue; finish "
+                "it with that version, or start anew in another run_dir"
+            )
+        try:
+            return _Restoration(self._run, folder, manifest).restore()
+        except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+            raise InputError(
+                f"{folder} is what its manifest says, but no checkpoint that this version can read "
+                f"({_one_line(error)}); remove it to continue from an earlier one, or start anew in another run_dir"
+            ) from None
 
 
-def restore_checkpoint(folders: CheckpointFolders, parts: "Parts") -> int | None:
-    """Restore the newest intact checkpoint into `parts`; returns its step, None if there is none.
+class _Restoration:
+    """Of a run out of a checkpoint's folder."""
 
-    Another number of processes may continue it with `data.on_reshard=restart_epoch`: weights, optimizer and memory are
-    exact; BatchNorm statistics are the mean over its ranks; the loaders begin its epoch anew, and the random states of
-    mixing follow from seed, step and rank.
+    def __init__(self, run: Run, folder: Path, manifest: dict[str, Any]) -> None:
+        self._run, self._folder, self._manifest = run, folder, manifest
+        self._written_by = manifest["world"]
+        self._resharded = self._written_by != run.cluster.world
 
-    Raises:
-        InputError: all checkpoints are damaged, or the newest intact one is of another form, or was written by another
-            number of processes and that is not allowed.
-    """
-    found = folders.newest_intact()
-    if found is None:
-        return None
-    folder, manifest = found
-    try:
-        _restore(folder, manifest, parts)
-    except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
-        raise InputError(
-            f"{folder} is what its manifest says, but no checkpoint that this version can read ({_one_line(error)}); "
-            "remove it to continue from an earlier one, or start anew in another run_dir"
-        ) from None
-    return manifest["step"]
+    def restore(self) -> Position | None:
+        run, cluster = self._run, self._run.cluster
+        if self._resharded and run.config.data.on_reshard == "refuse":
+            raise InputError(
+                f"{self._folder} was written by {self._written_by} processes and this run has {cluster.world}; "
+                f"continue with {self._written_by}, set data.on_reshard=restart_epoch, or start anew in another run_dir"
+            )
+        if "phase" not in self._manifest:
+            return self._restore_training()
+        if self._resharded:
+            cluster.say(
+                f"{self._folder} was written by {self._written_by} processes in the middle of what comes before "
+                f"distillation; {cluster.world} begin that anew"
+            )
+            return None
+        return self._restore_phase()
 
+    def _restore_training(self) -> Position:
+        run, cluster, manifest = self._run, self._run.cluster, self._manifest
+        run.start_engine()
+        # What the loaders and the optimizer need of another number of ranks, the first one's file tells as well.
+        state = self._rank_state(0 if self._resharded else cluster.rank)
+        pieces = [self._file(_pieces_file(rank)) for rank in range(self._written_by)]
+        restore_training_state(run.engine, cluster, pieces, state["optimizer_groups"])
+        run.engine.restore_loss_scale(manifest["loss_scale"])
+        run.skipped_steps = manifest["skipped_steps"]
+        self._restore_distiller()
+        if run.average is not None:
+            run.average.load_state_dict(self._tensors(_AVERAGE))
+        ranks = range(self._written_by) if self._resharded else [cluster.rank]
+        _restore_buffers(run, [self._tensors(_buffers_file(rank), "cpu") for rank in ranks])
+        run.engine.remember_statistics()
+        run.loaders.train.load_state_dict(state["loader"])
+        if self._resharded:
+            entropy = (run.config.train.seed, manifest["step"], cluster.rank)
+            torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+            cluster.say(
+                f"{self._folder} was written by {self._written_by} processes; {cluster.world} continue it, beginning "
+                "its epoch anew"
+            )
+        else:
+            _restore_random_state(state["random"], cluster)
+        return Position(manifest["step"], PhasePosition(len(tuple(run.distiller.phases()))))
 
-def _restore(folder: Path, manifest: dict[str, Any], parts: "Parts") -> None:
-    def verified(name: str) -> Path:
-        if name not in manifest["files"]:
+    def _restore_phase(self) -> Position:
+        run, rank = self._run, self._run.cluster.rank
+        state = self._rank_state(rank)
+        self._restore_distiller()
+        run.trainee.learned.load_state_dict(self._tensors(_LEARNED))
+        buffers = self._tensors(_buffers_file(rank), "cpu")
+        _restore_buffers(run, [buffers])
+        number = self._manifest["phase"]
+        phase = tuple(run.distiller.phases())[number]
+        for sum_number, summed in enumerate(getattr(phase, "sums", ())):
+            summed.copy_(buffers[f"{_SUM}{sum_number}"])
+        _restore_random_state(state["random"], run.cluster)
+        restored = Restored(state["loader"], self._tensors(_MOMENTUM))
+        return Position(None, PhasePosition(number, self._manifest["batches"], restored=restored))
+
+    def _restore_distiller(self) -> None:
+        self._run.distiller.load_state_dict(self._tensors(_DISTILLER))
+
+    def _rank_state(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._file(_rank_file(rank)).read_text(encoding="utf-8"))
+
+    def _tensors(self, name: str, device: str | None = None) -> dict[str, Tensor]:
+        return load_file(self._file(name), device=device or str(self._run.cluster.device))
+
+    def _file(self, name: str) -> Path:
+        if name not in self._manifest["files"]:
             raise KeyError(f"{name} is not in the manifest")
-        return folder / name
-
-    written_by, cluster = manifest["world"], parts.cluster
-    resharded = written_by != cluster.world
-    if resharded and parts.config.data.on_reshard == "refuse":
-        raise InputError(
-            f"{folder} was written by {written_by} processes and this run has {cluster.world}; continue with "
-            f"{written_by}, set data.on_reshard=restart_epoch, or start anew in another run_dir"
-        )
-    # What the loaders and the optimizer need of another number of ranks, the first one's file tells as well.
-    rank = 0 if resharded else cluster.rank
-    rank_state = json.loads(verified(_rank_file(rank)).read_text(encoding="utf-8"))
-    pieces = [verified(_pieces_file(rank)) for rank in range(written_by)]
-    restore_training_state(parts.engine, cluster, pieces, rank_state["optimizer_groups"])
-    parts.engine.restore_loss_scale(manifest["loss_scale"])
-    parts.skipped_steps = manifest["skipped_steps"]
-    device = str(cluster.device)
-    parts.distiller.load_state_dict(load_file(verified(_DISTILLER), device=device))
-    if parts.average is not None:
-        parts.average.load_state_dict(load_file(verified(_AVERAGE), device=device))
-    buffers = [verified(_buffers_file(rank)) for rank in (range(written_by) if resharded else [rank])]
-    _restore_buffers(parts, buffers)
-    parts.engine.remember_statistics()
-    parts.loaders.train.load_state_dict(rank_state["loader"])
-    if resharded:
-        entropy = (parts.config.train.seed, manifest["step"], cluster.rank)
-        torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-        cluster.say(
-            f"{folder} was written by {written_by} processes; {cluster.world} continue it, beginning its epoch anew"
-        )
-    else:
-        _restore_random_state(rank_state["random"], cluster)
+        return self._folder / name
 
 
-def _buffers(parts: "Parts") -> list[tuple[str, Tensor]]:
-    """Every buffer of the student and of its average: BatchNorm's, and the head's centre and class sums."""
-    named = list(parts.student.named_buffers(prefix="student"))
-    if parts.average is not None:
-        named += parts.average.named_buffers(prefix="average")
+def _buffers(run: Run) -> dict[str, Tensor]:
+    """Every buffer of what is trained and of the average: BatchNorm's, and the head's centre and class sums."""
+    named = dict(run.trainee.named_buffers())
+    if run.average is not None:
+        named |= run.average.named_buffers(prefix="average")
     return named
 
 
+def _sums(run: Run) -> set[str]:
+    """Names of those buffers that are sums over what a process has seen."""
+    return {
+        f"{path}.{name}"
+        for path, module in [*run.trainee.named_modules(), *_average_modules(run)]
+        for name in getattr(module, "SUMS", ())
+    }
+
+
+def _average_modules(run: Run) -> list:
+    return [] if run.average is None else list(run.average.named_modules(prefix="average"))
+
+
 @torch.no_grad()
-def _restore_buffers(parts: "Parts", files: list[Path]) -> None:
+def _restore_buffers(run: Run, saved: list[dict[str, Tensor]]) -> None:
     """This rank's own, or out of all ranks of another number of processes."""
-    saved = [load_file(file) for file in files]
-    for name, buffer in _buffers(parts):
+    sums = _sums(run)
+    for name, buffer in _buffers(run).items():
         values = torch.stack([state[name] for state in saved])
         if len(saved) == 1 or not buffer.is_floating_point():
             buffer.copy_(values[0])
-        elif name.endswith(EmbeddingHead.SUMS):
-            buffer.copy_(values.sum(0) / parts.cluster.world)  # so that the sum over ranks stays what it was
+        elif name in sums:
+            buffer.copy_(values.sum(0) / run.cluster.world)  # so that the sum over ranks stays what it was
         else:
             buffer.copy_(values.mean(0))
 

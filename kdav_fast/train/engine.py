@@ -1,7 +1,8 @@
-"""DeepSpeed around the student: the only file that runs it."""
+"""DeepSpeed around what is trained: the only file that runs it."""
 
 import logging
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,7 +14,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
-from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
@@ -38,14 +38,17 @@ def micro_batch_size(config: TrainConfig, world: int) -> int:
     return config.batch_size // (world * config.accumulate)
 
 
-class StudentEngine:
-    """Forward, backward and optimizer step of the student.
-
-    A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer and
-    BatchNorm statistics stay as they were.
+def start_engine(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: TrainConfig,
+    cluster: Cluster,
+    dtype: torch.dtype | None,
+) -> "Engine":
+    """The engine for `config.zero_stage`.
 
     Args:
-        module: the student, on the run's device; its parameters stay in float32.
+        module: what is trained, on the run's device; its parameters stay in float32.
         optimizer: over its parameters.
         config: batch size, accumulation, clipping and ZeRO stage.
         cluster: the run's processes.
@@ -53,6 +56,22 @@ class StudentEngine:
 
     Raises:
         InputError: `config.deepspeed` names a file that cannot be used.
+    """
+    engine = WholeEngine if config.zero_stage == 0 else ShardedEngine
+    return engine(module, optimizer, config, cluster, dtype)
+
+
+class Engine(ABC):
+    """Forward, backward and optimizer step of what is trained. See `start_engine` for arguments.
+
+    A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer and
+    BatchNorm statistics stay as they were.
+
+    Attributes:
+        module: what is trained.
+        optimizer: the one that was given.
+        sharded: DeepSpeed's around it, which holds this rank's shard; None at stage 0.
+        loss_scale: in force; 1 but for fp16.
     """
 
     def __init__(
@@ -63,30 +82,26 @@ class StudentEngine:
         cluster: Cluster,
         dtype: torch.dtype | None,
     ) -> None:
-        self.module, self.zero_stage = module, config.zero_stage
+        self.module, self.optimizer = module, optimizer
+        self.zero_stage = config.zero_stage
         self.loss_scale = LossScale(dtype)
         self._clip = config.clip_grad_norm
         self._deepspeed = _import_deepspeed(cluster.device)
-        self._engine = self._initialize(module, optimizer, config, cluster, dtype)
-        self.optimizer = self._engine.optimizer
-        """DeepSpeed's around the given one, or at stage 0 the given one."""
-        if config.zero_stage == 0:
-            self._skip = False
-            take_step = optimizer.step
-            optimizer.step = lambda: None if self._skip else take_step()
+        self._engine = self._initialize(config, cluster, dtype)
+        self.sharded = None if self.zero_stage == 0 else self._engine.optimizer
         self._apply_loss_scale()
         norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
         self._statistics = [buffer for layer in norms for buffer in layer.buffers()]
         self._before = [buffer.clone() for buffer in self._statistics]
 
-    def _initialize(self, module, optimizer, config: TrainConfig, cluster: Cluster, dtype) -> Any:
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    def _initialize(self, config: TrainConfig, cluster: Cluster, dtype: torch.dtype | None) -> Any:
+        trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
         settings = deepspeed_config(config, micro_batch_size(config, cluster.world), dtype, trained)
         if shows_in_log(settings):
             self._deepspeed.utils.logger.setLevel(logging.INFO)
         try:
             engine, *_ = self._deepspeed.initialize(
-                model=module, optimizer=optimizer, dist_init_required=False, config=settings
+                model=self.module, optimizer=self._handed(), dist_init_required=False, config=settings
             )
         except (
             ValueError,
@@ -109,14 +124,18 @@ class StudentEngine:
         engine.optimizer.torch_autocast_gradscaler = None
         return engine
 
+    def _handed(self) -> torch.optim.Optimizer:
+        """What DeepSpeed gets as optimizer."""
+        return self.optimizer
+
     @property
     def config(self) -> dict[str, Any]:
         """DeepSpeed's own, in force."""
         return self._engine.config
 
-    def __call__(self, images: Tensor) -> Outputs:
-        """The student's outputs, for `backward`."""
-        return self._engine(images)
+    def __call__(self, *inputs: Any) -> Any:
+        """What the module answers, for `backward`."""
+        return self._engine(*inputs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of one micro-batch.
@@ -126,10 +145,7 @@ class StudentEngine:
             last: of the optimizer step's micro-batches.
         """
         # From a loss that is not finite, gradients can be finite. NaN reaches every rank, in the sum over them.
-        loss = loss * (1.0 + 0.0 * loss.detach())
-        if self.zero_stage == 0:
-            loss = loss * self.loss_scale.value
-        self._engine.backward(loss)
+        self._engine.backward(self._scaled(loss * (1.0 + 0.0 * loss.detach())))
         if not last:
             self._engine.step()  # only counts
 
@@ -137,14 +153,11 @@ class StudentEngine:
         """Take the optimizer step, after the last micro-batch; returns whether it was taken or skipped.
 
         Args:
-            lr: learning rate.
+            lr: learning rate; each group of parameters takes its `lr_factor` of it.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if self.zero_stage == 0:
-            self._skip = not self._finish_gradients()
-        self._engine.step()
-        taken = not (self._skip if self.zero_stage == 0 else self.optimizer.overflow)
+        for group in self.param_groups:
+            group["lr"] = lr * group.get("lr_factor", 1.0)
+        taken = self._step()
         if taken:
             self.remember_statistics()
         else:
@@ -153,26 +166,10 @@ class StudentEngine:
             self._apply_loss_scale()
         return taken
 
-    @torch.no_grad()
-    def _finish_gradients(self) -> bool:
-        """Unscale and clip, as the ZeRO optimizers do by themselves; returns whether all gradients are finite."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.value
-        factor = 1.0 / self.loss_scale.value
-        if self._clip > 0:
-            factor *= min(1.0, self._clip / (norm + 1e-6))
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        return norm < float("inf")
-
     def remember_statistics(self) -> None:
         """What a skipped step goes back to: call this after changing BatchNorm's buffers from outside."""
         if self._statistics:
             torch._foreach_copy_(self._before, self._statistics)
-
-    def _apply_loss_scale(self) -> None:
-        if self.zero_stage > 0:
-            self.optimizer.override_loss_scale(self.loss_scale.value)
 
     def restore_loss_scale(self, state: dict[str, Any]) -> None:
         """Continue with a saved `loss_scale.state_dict()`."""
@@ -187,6 +184,80 @@ class StudentEngine:
             return
         with self._deepspeed.zero.GatheredParameters(list(self.module.parameters())):
             yield
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of the optimizer: groups of parameters and their settings."""
+        return self.optimizer.param_groups
+
+    @abstractmethod
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """Times the loss scale, unless DeepSpeed does that."""
+
+    @abstractmethod
+    def _step(self) -> bool:
+        """Step unless a gradient is not finite; returns whether it did."""
+
+    @abstractmethod
+    def _apply_loss_scale(self) -> None:
+        """Tell DeepSpeed a new scale, if it needs to know."""
+
+
+class WholeEngine(Engine):
+    """ZeRO stage 0: every rank has all weights, gradients and optimizer state, and steps by itself."""
+
+    def _handed(self) -> torch.optim.Optimizer:
+        return _StepsElsewhere(self.optimizer.param_groups, {})
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss * self.loss_scale.value
+
+    def _step(self) -> bool:
+        finite = self._finish_gradients()
+        if finite:
+            self.optimizer.step()
+        self._engine.step()  # counts, and drops the gradients
+        return finite
+
+    @torch.no_grad()
+    def _finish_gradients(self) -> bool:
+        """Unscale and clip, as the ZeRO optimizers do by themselves; returns whether all gradients are finite."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.value
+        factor = 1.0 / self.loss_scale.value
+        if self._clip > 0:
+            factor *= min(1.0, self._clip / (norm + 1e-6))
+        if factor != 1.0:
+            torch._foreach_mul_(gradients, factor)
+        return norm < float("inf")
+
+    def _apply_loss_scale(self) -> None:
+        pass  # nobody else needs to know
+
+
+class _StepsElsewhere(torch.optim.Optimizer):
+    """For DeepSpeed, which at stage 0 would step whatever the gradients are: the same groups, and no step."""
+
+    def step(self, closure: object = None) -> None:
+        """Done by `WholeEngine`."""
+
+
+class ShardedEngine(Engine):
+    """ZeRO stages 1 to 3."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return self.sharded.param_groups
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def _step(self) -> bool:
+        self._engine.step()
+        return not self.sharded.overflow
+
+    def _apply_loss_scale(self) -> None:
+        self.sharded.override_loss_scale(self.loss_scale.value)
 
 
 def shard_for_inference(network: nn.Module, cluster: Cluster) -> None:

@@ -1,15 +1,18 @@
-"""The optimizer over the student's trained parameters."""
+"""The optimizer over the trained parameters of the student and of what is learned beside it."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 from importlib import import_module
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from kdav_fast.config import OptimizerConfig
+from kdav_fast.distillers.base import Learned
 from kdav_fast.errors import InputError
+from kdav_fast.student.trainee import Trainee
 
 APEX_CLASSES = {
     "apex_lamb": "FusedLAMB",
@@ -24,17 +27,29 @@ APEX_BUILD = (
 )
 
 
-def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: OptimizerConfig, trainee: Trainee, learned: Mapping[str, Learned] = MappingProxyType({})
+) -> torch.optim.Optimizer:
     """The optimizer on the parameters that require a gradient; on a GPU, torch's SGD and AdamW are fused.
+
+    Each of its groups says by `lr_factor` which share of the learning rate it takes.
+
+    Args:
+        config: the optimizer section.
+        trainee: the student and what is learned beside it.
+        learned: the learning-rate factor and weight decay of each module in `trainee.learned`.
 
     Raises:
         InputError: one of apex's is asked for, and apex or the GPU is missing.
     """
-    groups = _parameter_groups(module.named_parameters(), config)
+    groups = _groups(trainee.student, config, config.weight_decay, 1.0)
+    for name, one in learned.items():
+        decay = config.weight_decay if one.weight_decay is None else one.weight_decay
+        groups += _groups(trainee.learned[name], config, decay, one.lr_factor)
     if config.name in APEX_CLASSES:
-        optimizer = _import_apex(config.name, next(module.parameters()).device)
+        optimizer = _import_apex(config.name, next(trainee.parameters()).device)
         return optimizer(groups, lr=config.lr, **_apex_settings(config))
-    fused = all(p.is_cuda for p in module.parameters())
+    fused = all(p.is_cuda for p in trainee.parameters())
     if config.name == "sgd":
         return torch.optim.SGD(
             groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
@@ -42,15 +57,15 @@ def build_optimizer(config: OptimizerConfig, module: nn.Module) -> torch.optim.O
     return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused or None)
 
 
-def _parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> list[dict]:
+def _groups(module: nn.Module, config: OptimizerConfig, decay: float, lr_factor: float) -> list[dict]:
     """Weights with decay; vectors (biases, normalisation) with it only if the config says so."""
     decayed, plain = [], []
-    for _, parameter in named:
+    for parameter in module.parameters():
         if parameter.requires_grad:
             (decayed if parameter.ndim > 1 or config.decay_norm_and_bias else plain).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": decay, "lr_factor": lr_factor},
+        {"params": plain, "weight_decay": 0.0, "lr_factor": lr_factor},
     ]
     return [group for group in groups if group["params"]]
 

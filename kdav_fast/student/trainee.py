@@ -1,0 +1,71 @@
+"""What the optimizer, ZeRO and the checkpoints see as one module: the student, what is learned beside it, the loss."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kdav_fast.data.batch import Batch
+from kdav_fast.models.outputs import Outputs
+from kdav_fast.student.student import Student
+
+Clock = Callable[[str], AbstractContextManager[object]]
+
+
+class Answer(NamedTuple):
+    """What a micro-batch comes to. A named tuple: DeepSpeed walks tuples to find the tensors it hooks."""
+
+    total: Tensor
+    """The loss: scalar, the only one with a gradient."""
+    parts: dict[str, Tensor]
+    """Of the loss, by name: detached scalars."""
+    logits: Tensor
+    """The student's, detached: V*B x K."""
+
+
+class Trainee(nn.Module):
+    """Student and learned modules, whose forward pass takes the loss too.
+
+    So a method may use what is learned in any way: at ZeRO stage 3, weights that are used outside their own module
+    come together only inside the forward pass of the module that is wrapped.
+
+    Args:
+        student: the network that is evaluated and exported.
+        learned: what a method trains beside it, by name.
+        loss: from student's and teacher's answers, the batch, the learned modules and the run's progress, to what has
+            `total` and `parts`; its own state is no part of this module.
+        dtype: autocast dtype of the learned modules; None for float32.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        learned: dict[str, nn.Module],
+        loss: Callable[..., object],
+        device: torch.device,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.student, self.learned = student, nn.ModuleDict(learned)
+        object.__setattr__(self, "_loss", loss)
+        self._device = device.type
+        for module in learned.values():
+            # The loss is taken in float32; a convolution in it need not be.
+            autocast = torch.autocast(self._device, dtype, enabled=dtype is not None)
+            module.forward = autocast(module.forward)
+
+    def forward(
+        self,
+        batch: Batch,
+        teacher: Outputs | None,
+        progress: object,
+        clock: Clock = lambda part: nullcontext(),
+    ) -> Answer:
+        """The loss of a micro-batch; `clock` is entered around "student" and "loss"."""
+        with clock("student"):
+            student = self.student(batch.images)
+        with clock("loss"), torch.autocast(self._device, enabled=False):
+            losses = self._loss(student, teacher, batch, self.learned, progress)
+        return Answer(losses.total, losses.parts, student.logits.detach())
