@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdav_fast.config import Config
-from kdav_fast.data import Images, decode_images, open_images
+from kdav_fast.data import Splits, decode_images, open_images
 from kdav_fast.data.image_set import ImageSet, take_subset
 from kdav_fast.models import Normalization, renormalization
 from kdav_fast.models.outputs import Outputs
@@ -119,7 +119,7 @@ def prepare(config: Config, device: torch.device, folder: Path) -> Path:
     return file
 
 
-def _split(every: Images, subset: int | None, seed: int) -> dict[str, ImageSet]:
+def _split(every: Splits, subset: int | None, seed: int) -> dict[str, ImageSet]:
     """The images to train on, to evaluate on and held out, by name."""
     train = every.train if subset is None else take_subset(every.train, subset, seed)
     left = len(every.train) - len(train)

@@ -20,7 +20,7 @@ from timing import peak_extra_bytes, wait_until_idle
 from torch import Tensor
 
 from kdav_fast.config import Config, method_section
-from kdav_fast.data import Batch, Images, build_loaders
+from kdav_fast.data import Batch, Splits, build_loaders
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.train.setup import Parts, set_up
@@ -265,7 +265,7 @@ class Builder:
         size = config.train.batch_size
         parts.loaders = build_loaders(
             config.data,
-            Images(found.select(np.arange(LONG_EPOCH) % len(found)), evaluation),
+            Splits(found.select(np.arange(LONG_EPOCH) % len(found)), evaluation),
             batch_size=size,
             eval_batch_size=size,
             device=self.device,

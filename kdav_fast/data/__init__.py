@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdav_fast.config import DataConfig
-from kdav_fast.data.checks.start import check_images
+from kdav_fast.data.checks.scan import check_images
 from kdav_fast.data.image_set import ImageSet
-from kdav_fast.data.sources import Images, open_evaluation_images, open_images
+from kdav_fast.data.sources import Splits, open_evaluation_images, open_images
 from kdav_fast.data.views import Order, Shuffled
 from kdav_fast.errors import InputError
 
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "ImageSet",
-    "Images",
     "Loader",
     "Loaders",
+    "Splits",
     "build_evaluation_loader",
     "build_loaders",
     "check_images",
@@ -71,7 +71,7 @@ class Loaders:
 
 def build_loaders(
     config: DataConfig,
-    images: Images,
+    splits: Splits,
     *,
     batch_size: int,
     eval_batch_size: int,
@@ -87,7 +87,7 @@ def build_loaders(
 
     Args:
         config: the data section.
-        images: what `open_images` found.
+        splits: what `open_images` found.
         batch_size: training images a batch of this rank, in each view.
         eval_batch_size: the same for `evaluation` and `measure`.
         device: where batches are delivered.
@@ -107,8 +107,8 @@ def build_loaders(
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // local_world)
     make = partial(_loader_class(config, device), device=device, workers=workers)
     as_evaluated = evaluation_preprocessing(config, normalization)
-    train = (images.train, training_preprocessing(config, normalization))
-    evaluation = (images.evaluation, as_evaluated)
+    train = (splits.train, training_preprocessing(config, normalization))
+    evaluation = (splits.evaluation, as_evaluated)
     if config.resident:
         # torchvision's worker processes cannot read a GPU's memory.
         where = device if config.loader == "dali" else torch.device("cpu")
@@ -121,8 +121,8 @@ def build_loaders(
         train=training(seed=seed),
         training=partial(training, seed=_derived_seed(seed, _TRAINING)),
         evaluation=in_order(*evaluation),
-        measure=partial(in_order, images.train, as_evaluated),
-        classes=images.train.classes,
+        measure=partial(in_order, splits.train, as_evaluated),
+        classes=splits.train.classes,
     )
 
 

@@ -13,7 +13,7 @@ from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 
 from kdav_fast.data import cpu_decoder
-from kdav_fast.data.checks.start import decoding_defects, defects_error
+from kdav_fast.data.checks.scan import decoding_defects, defects_error
 from kdav_fast.data.cpu_decoder import CpuDecoder
 from kdav_fast.data.dali_graph import (
     Source,

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from kdav_fast.data.checks.start import decoding_defects, defects_error
+from kdav_fast.data.checks.scan import decoding_defects, defects_error
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.formats import rgb
 from kdav_fast.data.image_set import EncodedImages, PixelImages

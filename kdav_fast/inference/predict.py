@@ -14,7 +14,7 @@ from tqdm import tqdm
 from kdav_fast.config import Config, known_keys
 from kdav_fast.data import build_evaluation_loader
 from kdav_fast.data.checks.defects import examine
-from kdav_fast.data.checks.start import scan
+from kdav_fast.data.checks.scan import scan
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import IMAGE_SUFFIXES, ImageFolder
 from kdav_fast.errors import InputError

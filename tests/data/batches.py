@@ -7,7 +7,7 @@ from kdav_fast.data.preprocessing import ColorJitter, RandAugment, RandomResized
 EVERYTHING = {"flip": True, "augment": RandAugment(2, 9), "jitter": ColorJitter(0.4, 0.4, 0.4, 0.1)}
 AUGMENTED = {
     "crop": RandomResizedCrop((0.3, 1.0), (0.75, 4 / 3)),
-    "view": EVERYTHING,
+    "preprocessing": EVERYTHING,
     "shuffle": True,
     "seed": 5,
 }

@@ -64,13 +64,14 @@ def loader_class(request):
 
 @pytest.fixture
 def make_loader(loader_class):
-    """A loader of 8 x 8 images in 0..1, one worker, CPU, unless told otherwise; `view`: of `Preprocessing`."""
+    """A loader of 8 x 8 images in 0..1, one worker, CPU, unless told otherwise; `preprocessing`: fields."""
 
-    def make(images, loader_class=loader_class, size=8, crop=None, view=None, **options):
-        view = BLACK_TO_WHITE | (view or {})
-        preprocessing = Preprocessing(size, crop or CenterCrop(size), **view)
+    def make(images, loader_class=loader_class, size=8, crop=None, preprocessing=None, **options):
+        fields = BLACK_TO_WHITE | (preprocessing or {})
         defaults = {"batch_size": 4, "device": torch.device("cpu"), "workers": 1, "shuffle": False}
-        return loader_class(images, preprocessing, **(defaults | options))
+        return loader_class(
+            images, Preprocessing(size, crop or CenterCrop(size), **fields), **(defaults | options)
+        )
 
     return make
 

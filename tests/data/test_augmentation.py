@@ -28,7 +28,7 @@ def test_color_jitter_is_torchvision_s_operation_by_a_uniform_factor(make_split,
     jitter, adjust = JITTERS[name]
     image = smooth_photograph(16, 16, 3) // 3 + 60  # nothing is cut off at 0 or 255
     folder = copies_of(make_split([image]), 256)
-    pixels = pixels_of(make_loader(folder, size=16, batch_size=64, view={"jitter": jitter}))
+    pixels = pixels_of(make_loader(folder, size=16, batch_size=64, preprocessing={"jitter": jitter}))
     original = torch.from_numpy(image).permute(2, 0, 1)
     candidates = torch.linspace(0.48, 1.52, 105)
     adjusted = torch.stack([adjust(original, float(factor)) for factor in candidates]).float()
@@ -44,7 +44,7 @@ def test_hue_turns_the_same_way_as_torchvision_s(make_split, make_loader):
     """DALI turns in YIQ and torchvision in HSV: alike for small turns, never equal, and DALI's are smaller."""
     image = smooth_photograph(16, 16, 3) // 3 + 60
     folder = copies_of(make_split([image]), 256)
-    loader = make_loader(folder, size=16, batch_size=64, view={"jitter": ColorJitter(0, 0, 0, 0.1)})
+    loader = make_loader(folder, size=16, batch_size=64, preprocessing={"jitter": ColorJitter(0, 0, 0, 0.1)})
     original = torch.from_numpy(image).permute(2, 0, 1)
     turns = torch.linspace(-0.12, 0.12, 49)
     turned = torch.stack([adjust_hue(original, float(turn)) for turn in turns]).float()
@@ -65,7 +65,11 @@ def test_automatic_augmentation_is_as_strong_as_torchvision_s(make_split, make_l
         (
             pixels_of(
                 make_loader(
-                    folder, loader_class=loader_class, size=48, batch_size=64, view={"augment": augment}
+                    folder,
+                    loader_class=loader_class,
+                    size=48,
+                    batch_size=64,
+                    preprocessing={"augment": augment},
                 )
             )
             - original

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kdav_fast.data.checks.start import check_images
+from kdav_fast.data.checks.scan import check_images
 from kdav_fast.data.formats import IMAGE_SUFFIXES
 from kdav_fast.data.sources.folder import open_folder
 from kdav_fast.errors import InputError

@@ -79,7 +79,7 @@ def test_every_order_is_restored_in_the_middle_of_an_epoch(
 @pytest.mark.parametrize("augment", [None, RandAugment(3, 20), TrivialAugment()])
 @pytest.mark.parametrize("crop", [CenterCrop(8), PaddedCrop(2)])
 def test_every_augmentation_is_restored(make_loader, noise_split, through_json, crop, augment):
-    options = {"crop": crop, "shuffle": True, "view": {"augment": augment, "flip": True}}
+    options = {"crop": crop, "shuffle": True, "preprocessing": {"augment": augment, "flip": True}}
     loader = make_loader(noise_split, **options)
     next(iter(loader))
     restored = make_loader(noise_split, **options)
@@ -131,7 +131,7 @@ def test_the_same_sharding_continues_where_it_was_whatever_is_allowed(make_loade
         ("seed", {"seed": 1}),
         ("order", {"order": Views(2)}),
         ("order", {"order": ClassPairs()}),
-        ("preprocessing", {"view": {"flip": True}}),
+        ("preprocessing", {"preprocessing": {"flip": True}}),
         ("loader", {"other_loader": True}),
     ],
 )

@@ -136,10 +136,12 @@ def test_images_stay_valid_after_later_batches_and_the_loader_are_gone(make_load
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_dtype_and_memory_order(make_loader, noise_split, as_source, dtype, channels_last):
-    view = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
+    preprocessing = {"mean": (0.4, 0.5, 0.6), "std": (0.1, 0.2, 0.3)}
     images = as_source(noise_split)
-    plain = list(make_loader(images, view=view))
-    other = list(make_loader(images, view=view | {"dtype": dtype, "channels_last": channels_last}))
+    plain = list(make_loader(images, preprocessing=preprocessing))
+    other = list(
+        make_loader(images, preprocessing=preprocessing | {"dtype": dtype, "channels_last": channels_last})
+    )
     for batch, reference in zip(other, plain, strict=True):
         assert batch.images.dtype == dtype
         assert batch.images.is_contiguous(memory_format=torch.channels_last) == channels_last
@@ -238,11 +240,11 @@ def test_everything_random_is_restored_on_the_gpu(make_loader, smooth_split, thr
         **AUGMENTED,
         "device": CUDA,
         "batch_size": 2,
-        "view": EVERYTHING | {"dtype": dtype},
+        "preprocessing": EVERYTHING | {"dtype": dtype},
         "size": 32,
     }
     if place == "resident":
-        decoder = make_loader(smooth_split, size=32, device=CUDA, view={"dtype": torch.uint8})
+        decoder = make_loader(smooth_split, size=32, device=CUDA, preprocessing={"dtype": torch.uint8})
         smooth_split = decode_once(decoder, CUDA, 1, progress=False)
         assert smooth_split.pixels.is_cuda
     else:
@@ -261,7 +263,7 @@ def test_everything_random_is_restored_on_the_gpu(make_loader, smooth_split, thr
 @pytest.mark.parametrize("loader_class", ["dali"], indirect=True)
 def test_resident_pixels_on_the_gpu_are_those_on_the_cpu(make_loader, smooth_split):
     def keep(device):
-        decoder = make_loader(smooth_split, size=32, view={"dtype": torch.uint8})
+        decoder = make_loader(smooth_split, size=32, preprocessing={"dtype": torch.uint8})
         return decode_once(decoder, device, 1, progress=False)
 
     here, there = (

@@ -59,7 +59,7 @@ def test_flip_mirrors_about_half_of_the_images(make_loader, make_split):
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3))
     folder = copies_of(make_split([image]), 128)
     expected = torch.from_numpy(image).permute(2, 0, 1).int()
-    pixels = pixels_of(make_loader(folder, batch_size=32, view={"flip": True})).round().int()
+    pixels = pixels_of(make_loader(folder, batch_size=32, preprocessing={"flip": True})).round().int()
     mirrored = [bool((one == expected.flip(2)).all()) for one in pixels]
     assert all(
         (one == (expected.flip(2) if flip else expected)).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdav_fast.config import DataConfig
-from kdav_fast.data import Images, build_loaders
+from kdav_fast.data import Splits, build_loaders
 from kdav_fast.data.preprocessing import (
     CenterCrop,
     PaddedCrop,
@@ -30,7 +30,10 @@ def photographs(make_split):
 @pytest.mark.parametrize("crop", [CenterCrop(20), CenterCrop(16)])
 def test_the_pixels_are_those_of_the_evaluation_view(make_loader, photographs, crop):
     resident = decode_once(
-        make_loader(photographs, size=16, crop=crop, view={"dtype": torch.uint8}), CPU, 1, progress=False
+        make_loader(photographs, size=16, crop=crop, preprocessing={"dtype": torch.uint8}),
+        CPU,
+        1,
+        progress=False,
     )
     assert resident.pixels.dtype == torch.uint8
     assert resident.pixels.shape == (9, 16, 16, 3)
@@ -54,7 +57,7 @@ def test_a_training_crop_is_left_for_later_and_an_evaluation_crop_is_done():
 
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_resident_batches_equal_decoded_ones(photographs, loader):
-    """Nothing random: every view of every image, in and out of memory."""
+    """Nothing random: every image of every loader, in and out of memory."""
     common = {
         "image_size": 16,
         "crop": "none",
@@ -68,7 +71,7 @@ def test_resident_batches_equal_decoded_ones(photographs, loader):
         sets.append(
             build_loaders(
                 DataConfig(resident=resident, **common),
-                Images(photographs, photographs),
+                Splits(photographs, photographs),
                 batch_size=4,
                 eval_batch_size=5,
                 device=CPU,
@@ -89,7 +92,7 @@ def test_resident_batches_equal_decoded_ones(photographs, loader):
 def test_its_digest_is_of_the_files_so_that_a_restart_may_decode_anew(make_loader, photographs):
     def keep(images, size):
         return decode_once(
-            make_loader(images, size=size, view={"dtype": torch.uint8}), CPU, 1, progress=False
+            make_loader(images, size=size, preprocessing={"dtype": torch.uint8}), CPU, 1, progress=False
         )
 
     assert keep(photographs, 16).digest == keep(photographs, 16).digest
@@ -103,21 +106,21 @@ def test_its_digest_is_of_the_files_so_that_a_restart_may_decode_anew(make_loade
 def test_what_does_not_fit_is_refused_before_it_is_decoded(make_loader, numbered_split, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**20))
     (split := numbered_split(4)).root.joinpath(split.paths[0]).write_bytes(b"")
-    loader = make_loader(split, size=400, view={"dtype": torch.uint8})
+    loader = make_loader(split, size=400, preprocessing={"dtype": torch.uint8})
     with pytest.raises(InputError, match=r"data\.resident needs .* GiB for the 4 train images at 400 x 400"):
         decode_once(loader, CPU, 1, progress=False)
 
 
 def test_each_process_of_a_machine_needs_its_own_memory(make_loader, numbered_split, monkeypatch):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=4 * 8 * 8 * 3 * 2))
-    view = {"dtype": torch.uint8}
-    decode_once(make_loader(numbered_split(4), view=view), CPU, 2, progress=False)
+    preprocessing = {"dtype": torch.uint8}
+    decode_once(make_loader(numbered_split(4), preprocessing=preprocessing), CPU, 2, progress=False)
     with pytest.raises(InputError, match="of memory a process are free"):
-        decode_once(make_loader(numbered_split(4), view=view), CPU, 3, progress=False)
+        decode_once(make_loader(numbered_split(4), preprocessing=preprocessing), CPU, 3, progress=False)
 
 
 def test_a_corrupt_image_is_named_while_decoding(make_loader, numbered_split):
     split = numbered_split(6)
     (split.root / split.paths[3]).write_bytes(b"")
     with pytest.raises(InputError, match=r"train/0003\.png \(empty\)"):
-        decode_once(make_loader(split, view={"dtype": torch.uint8}), CPU, 1, progress=False)
+        decode_once(make_loader(split, preprocessing={"dtype": torch.uint8}), CPU, 1, progress=False)

@@ -90,7 +90,7 @@ def test_torchvision_s_first_view_is_what_one_view_would_be(make_loader, noise_s
 def test_rotations_are_quarter_turns_of_one_augmentation_counter_clockwise(
     make_loader, noise_split, channels_last
 ):
-    options = {**AUGMENTED, "view": AUGMENTED["view"] | {"channels_last": channels_last}}
+    options = {**AUGMENTED, "preprocessing": AUGMENTED["preprocessing"] | {"channels_last": channels_last}}
     loader = make_loader(noise_split, order=Rotations(4), **options)
     single = list(make_loader(noise_split, **options))
     batches = list(loader)

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdav_fast.data.fingerprint import content_of
 from kdav_fast.data.image_set import EncodedImages, ImageSet, PixelImages, printable
-from kdav_fast.data.sources import Images
+from kdav_fast.data.sources import Splits
 from kdav_fast.errors import InputError
 
 _EXAMINED = 512  # evaluation images
@@ -19,17 +19,17 @@ _TAIL = 4096  # bytes: files that end alike are compared as a whole
 _THREADS = 16
 
 
-def check_splits(images: Images, batch_size: int) -> list[str]:
+def check_splits(splits: Splits, batch_size: int) -> list[str]:
     """Look at labels and contents of both splits; returns what a user should know, a line each.
 
     Args:
-        images: after `data.skip_list` and `data.train_subset`.
+        splits: after `data.skip_list` and `data.train_subset`.
         batch_size: training images of a step over all processes.
 
     Raises:
         InputError: all training images are of one class.
     """
-    train, evaluation = images
+    train, evaluation = splits
     counts = np.bincount(train.labels, minlength=len(train.classes))
     if np.count_nonzero(counts) < 2:
         raise InputError(
@@ -43,7 +43,7 @@ def check_splits(images: Images, batch_size: int) -> list[str]:
             f"warning: train.batch_size is {batch_size} but {train.root} has {len(train)} training images: every step "
             "takes all of them, and fills the batch with some again"
         )
-    return [*remarks, *_classes_without_images(images, counts), *_compare_contents(train, evaluation)]
+    return [*remarks, *_classes_without_images(splits, counts), *_compare_contents(train, evaluation)]
 
 
 class Shared(NamedTuple):
@@ -86,8 +86,8 @@ def shared_images(train: ImageSet, evaluation: ImageSet) -> Shared:
         return Shared(len(examined), [pair for pair, equal in zip(alike, same, strict=True) if equal])
 
 
-def _classes_without_images(images: Images, counts: np.ndarray) -> list[str]:
-    train, evaluation = images
+def _classes_without_images(splits: Splits, counts: np.ndarray) -> list[str]:
+    train, evaluation = splits
     empty = np.flatnonzero(counts == 0)
     if len(empty) == 0:
         return []

@@ -11,7 +11,7 @@ from typing import Any
 from kdav_fast.config import DataConfig, apply_overrides, parse_sections
 from kdav_fast.data.checks.class_tree import ClassTree, Remark, compare_classes, walk_classes
 from kdav_fast.data.checks.defects import examine
-from kdav_fast.data.checks.start import DECODING_CHUNK, clean_record, remember_clean, scan
+from kdav_fast.data.checks.scan import DECODING_CHUNK, clean_record, remember_clean, scan
 from kdav_fast.data.image_set import EncodedImages, printable
 from kdav_fast.data.sources import open_images
 from kdav_fast.data.sources.folder import ImageFolder, index_folder, open_evaluation_folder

@@ -11,7 +11,7 @@ from kdav_fast.data.sources.skip_list import leave_out
 from kdav_fast.data.sources.tar_shards import open_evaluation_shards, open_shards
 
 
-class Images(NamedTuple):
+class Splits(NamedTuple):
     """The images of a data set, indexed; files are listed but not opened."""
 
     train: ImageSet
@@ -20,7 +20,7 @@ class Images(NamedTuple):
     """`val`, or `test` where there is no `val`; after `data.skip_list`."""
 
 
-def open_images(config: DataConfig, seed: int) -> Images:
+def open_images(config: DataConfig, seed: int) -> Splits:
     """Index the data set of a config. Files are listed, not checked: see `check_images`.
 
     Args:
@@ -42,7 +42,7 @@ def open_images(config: DataConfig, seed: int) -> Images:
     train, evaluation = leave_out(config.skip_list, *splits)
     if config.train_subset is not None:
         train = take_subset(train, config.train_subset, seed)
-    return Images(train, evaluation)
+    return Splits(train, evaluation)
 
 
 def open_evaluation_images(config: DataConfig, classes: tuple[str, ...]) -> ImageSet:

@@ -19,7 +19,7 @@ import yaml
 from PIL import Image
 
 from kdav_fast.cli import main
-from kdav_fast.data.checks.start import check_images
+from kdav_fast.data.checks.scan import check_images
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import open_folder
 from kdav_fast.data.sources.skip_list import leave_out
@@ -202,7 +202,7 @@ def test_damage_inside_a_shard_is_named(root, tmp_path):
 
 def test_what_was_decoded_by_the_command_is_not_decoded_again(root, monkeypatch, capsys):
     assert main(["data", "check", str(root), "--decode"]) == 0
-    monkeypatch.setattr("kdav_fast.data.checks.start.examine", None)
+    monkeypatch.setattr("kdav_fast.data.checks.scan.examine", None)
     for images in open_folder(root):
         check_images(images, MAX_PIXELS, progress=False)
     (root / "train/a/0.png").write_bytes(flat_jpeg())

@@ -10,7 +10,7 @@ import torch
 from kdav_fast.data.checks import splits as module
 from kdav_fast.data.checks.splits import check_splits, shared_images
 from kdav_fast.data.image_set import PixelImages
-from kdav_fast.data.sources import Images
+from kdav_fast.data.sources import Splits
 from kdav_fast.data.sources.folder import open_folder
 from kdav_fast.data.sources.tar_shards import open_shards
 from kdav_fast.errors import InputError
@@ -31,7 +31,7 @@ def tree(tmp_path):
 
 
 def check(root, batch_size=4):
-    return check_splits(Images(*open_folder(root)), batch_size)
+    return check_splits(Splits(*open_folder(root)), batch_size)
 
 
 def test_of_sound_splits_there_is_nothing_to_say(tree):
@@ -51,7 +51,7 @@ def test_one_class_is_nothing_to_learn(tree):
 def test_one_class_after_a_subset(tree):
     train, evaluation = open_folder(tree)
     with pytest.raises(InputError, match="all 3 training images .* of one class, 'dog'"):
-        check_splits(Images(train.select(np.array([5, 6, 7])), evaluation), 1)
+        check_splits(Splits(train.select(np.array([5, 6, 7])), evaluation), 1)
 
 
 def test_a_batch_larger_than_the_data(tree):
@@ -68,8 +68,8 @@ def test_classes_without_training_images(tmp_path):
     train = PixelImages(tmp_path, "train", classes, labels, pixels[:4])
     evaluation = PixelImages(tmp_path, "test", classes, np.array([0, 1, 9, 2]), pixels[4:])
     expected = "warning: 8 of 10 classes have no training image: 'b', 'd', 'e', 'f', 'g' and 3 more"
-    assert check_splits(Images(train, evaluation), 4) == [f"{expected}; 2 evaluation images are of these"]
-    assert check_splits(Images(train, evaluation.select(np.array([0, 3]))), 4) == [expected]
+    assert check_splits(Splits(train, evaluation), 4) == [f"{expected}; 2 evaluation images are of these"]
+    assert check_splits(Splits(train, evaluation.select(np.array([0, 3]))), 4) == [expected]
 
 
 @pytest.mark.parametrize("copy", [os.symlink, os.link, shutil.copy])

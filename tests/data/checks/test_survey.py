@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from kdav_fast.config import DataConfig
-from kdav_fast.data.checks.start import check_images
+from kdav_fast.data.checks.scan import check_images
 from kdav_fast.data.checks.survey import config_of, survey
 from kdav_fast.data.sources import open_images
 from kdav_fast.data.sources.digits import prepare_digits

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from kdav_fast.data.checks.defects import image_defect
-from kdav_fast.data.checks.start import check_images, decoding_defects, defects_error, scan
+from kdav_fast.data.checks.scan import check_images, decoding_defects, defects_error, scan
 from kdav_fast.data.image_set import ByteRange, PixelImages
 from kdav_fast.data.sources.folder import ImageFolder
 from kdav_fast.errors import InputError
@@ -176,7 +176,7 @@ def test_a_clean_scan_is_remembered_until_a_file_or_the_limit_changes(numbered_s
     assert len(list(cache.rglob("*.json"))) == 1
 
     with monkeypatch.context() as context:
-        context.setattr("kdav_fast.data.checks.start.examine", read_again)
+        context.setattr("kdav_fast.data.checks.scan.examine", read_again)
         check_images(folder, PLENTY, workers=2)
         with pytest.raises(AssertionError, match="read again"):
             check_images(folder, PLENTY - 1, workers=2)
