@@ -43,7 +43,7 @@ def complete_accuracy(config: Config, cluster: Cluster) -> Accuracy:
     """Of the student that a complete run has left; nothing that trains is built."""
     student, card = read_student(config.run_dir)
     cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
-    images = find_images(config, cluster).splits
-    loaders = build_run_loaders(config, images, cluster, card.normalization)
+    splits = find_images(config, cluster).splits
+    loaders = build_run_loaders(config, splits, cluster, card.normalization)
     dtype = autocast_dtype(config.train.precision, cluster.device)
     return evaluate(student.to(cluster.device), loaders.evaluation, cluster, dtype)

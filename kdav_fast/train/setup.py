@@ -6,7 +6,7 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, DataConfig
-from kdav_fast.data import Images, Loaders, build_loaders, check_images, open_images
+from kdav_fast.data import Loaders, Splits, build_loaders, check_images, open_images
 from kdav_fast.data.checks.splits import check_splits
 from kdav_fast.data.fingerprint import Fingerprint
 from kdav_fast.data.views import Order, Shuffled
@@ -36,7 +36,7 @@ SHUFFLED = Shuffled()
 class RunImages(NamedTuple):
     """The images of a run, looked at."""
 
-    splits: Images
+    splits: Splits
     fingerprint: Fingerprint
     """As rank 0 finds them; of all ranks the same."""
 
@@ -54,12 +54,12 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
-    images, fingerprint = find_images(config, cluster)
-    classes = images.train.classes
+    splits, fingerprint = find_images(config, cluster)
+    classes = splits.train.classes
 
     torch.manual_seed(train.seed)  # the same initial weights on every rank
     cluster.say(
-        f"{len(images.train):,} training and {len(images.evaluation):,} evaluation images of {len(classes):,} classes; "
+        f"{len(splits.train):,} training and {len(splits.evaluation):,} evaluation images of {len(classes):,} classes; "
         f"building {config.model.name}"
     )
     network, known = build_network(config.model, classes, "model", config.data.image_size)
@@ -75,7 +75,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
             student=shapes_of(take_stages(network, method), method, config.data.image_size),
             teacher=built and built.shapes,
             teacher_classifier=built and built.classifier,
-            labels=images.train.labels,
+            labels=splits.train.labels,
             classes=len(classes),
             label_smoothing=train.label_smoothing,
             dtype=dtype or torch.float32,
@@ -102,7 +102,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
         synchronize_batchnorm(trainee)
     if config.model.compile:
         network.backbone.compile()  # under an embedding head, the network as a whole is never called
-    loaders = build_run_loaders(config, images, cluster, normalization, distiller.order)
+    loaders = build_run_loaders(config, splits, cluster, normalization, distiller.order)
     steps_per_epoch = loaders.train.batches_per_epoch / train.accumulate
     steps = max(1, round(train.epochs * steps_per_epoch))
     factor = lr_factor(config.schedule, steps, steps_per_epoch)
@@ -135,27 +135,27 @@ def find_images(config: Config, cluster: Cluster) -> RunImages:
     cluster.say(
         f"reading {config.data.name} images" + (f" in {config.data.root}" if config.data.root else "")
     )
-    images = cluster.on_first(lambda: open_images(config.data, config.train.seed))
-    for split in images:
+    splits = cluster.on_first(lambda: open_images(config.data, config.train.seed))
+    for split in splits:
         if split.remark:
             cluster.say(split.remark)
-    for remark in cluster.on_first(lambda: check_splits(images, config.train.batch_size)):
+    for remark in cluster.on_first(lambda: check_splits(splits, config.train.batch_size)):
         cluster.say(remark)
     decode = config.data.check == "decode"
-    cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in images])
-    found = same_images(cluster, images)
+    cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in splits])
+    found = same_images(cluster, splits)
     cluster.on_first(lambda: check_run_data(config, found))
-    return RunImages(images, found)
+    return RunImages(splits, found)
 
 
 def build_run_loaders(
-    config: Config, images: Images, cluster: Cluster, normalization: Normalization, order: Order = SHUFFLED
+    config: Config, splits: Splits, cluster: Cluster, normalization: Normalization, order: Order = SHUFFLED
 ) -> Loaders:
     """This rank's loaders; raises `InputError` for a way of loading that cannot be had."""
     size = micro_batch_size(config.train, cluster.world)
     return build_loaders(
         config.data,
-        images,
+        splits,
         batch_size=size,
         eval_batch_size=size,
         device=cluster.device,
