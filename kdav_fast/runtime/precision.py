@@ -26,11 +26,6 @@ def resolve_precision(precision: Literal["auto", Format], device: torch.device, 
     return "bf16" if cpu_has_bf16() and image_size >= SMALLEST_BF16_IMAGE else "fp32"
 
 
-def auto_of_earlier_versions(device: torch.device) -> Format:
-    """What a run computes in whose folder says `auto`: later versions write down what it stood for."""
-    return "fp32" if device.type == "cpu" else resolve_precision("auto", device, SMALLEST_BF16_IMAGE)
-
-
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 by instructions of its own, which torch knows how to use."""
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -9,7 +9,7 @@ from kdav_fast.train.extension import check_extension
 from kdav_fast.train.run import Run
 from kdav_fast.train.run_data import write_run_data
 from kdav_fast.train.run_folder import check_run_folder, precision_of_run, write_run_config
-from kdav_fast.train.setup import build_run_loaders, find_images
+from kdav_fast.train.setup import build_run_loaders, find_data
 
 
 def settled_config(config: Config, cluster: Cluster, extend: bool) -> tuple[Config, float | None]:
@@ -43,7 +43,7 @@ def complete_accuracy(config: Config, cluster: Cluster) -> Accuracy:
     """Of the student that a complete run has left; nothing that trains is built."""
     student, card = read_student(config.run_dir)
     cluster.say(f"{config.run_dir} is complete: {card.step} steps, {card.epoch:g} epochs")
-    splits = find_images(config, cluster).splits
+    splits = find_data(config, cluster).splits
     loaders = build_run_loaders(config, splits, cluster, card.normalization)
     dtype = autocast_dtype(config.train.precision, cluster.device)
     return evaluate(student.to(cluster.device), loaders.evaluation, cluster, dtype)

@@ -12,7 +12,7 @@ from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.config.section import Mark, keys_marked
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
-from kdav_fast.runtime.precision import Format, auto_of_earlier_versions, resolve_precision
+from kdav_fast.runtime.precision import Format, resolve_precision
 
 _FILE = "config.yaml"
 
@@ -42,9 +42,11 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
             f"run_dir {config.run_dir} cannot be continued: {error}; use another run_dir"
         ) from None
     here = flat(config.model_dump(mode="json"))
-    if there["train.precision"] == "auto":
-        on_gpu = config.device != "cpu" and torch.cuda.is_available()
-        there["train.precision"] = auto_of_earlier_versions(torch.device("cuda" if on_gpu else "cpu"))
+    if there["train.precision"] == "auto":  # later versions write down what it stands for
+        raise InputError(
+            f"run_dir {config.run_dir} was begun by another version of kdav_fast, whose runs this one cannot continue; "
+            "finish it with that version, or start anew in another run_dir"
+        )
     may_change = keys_marked(Mark.MAY_CHANGE, config)
     epochs, wanted = there["train.epochs"], here["train.epochs"]
     for key in sorted(there.keys() | here.keys()):
@@ -73,7 +75,6 @@ def precision_of_run(config: Config, device: torch.device) -> Format:
         begun = section.get("precision") if isinstance(section, dict) else None
         if begun in get_args(Format):
             return begun
-        return auto_of_earlier_versions(device)
     return resolve_precision(config.train.precision, device, config.data.image_size)
 
 

@@ -33,8 +33,8 @@ from kdav_fast.train.trial import try_training_step
 SHUFFLED = Shuffled()
 
 
-class RunImages(NamedTuple):
-    """The images of a run, looked at."""
+class RunData(NamedTuple):
+    """What a run is trained and evaluated on, looked at."""
 
     splits: Splits
     fingerprint: Fingerprint
@@ -54,7 +54,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     torch.backends.cudnn.benchmark = train.cudnn_benchmark
     if train.keep_freed_memory and device.type == "cpu":
         keep_freed_memory()
-    splits, fingerprint = find_images(config, cluster)
+    splits, fingerprint = find_data(config, cluster)
     classes = splits.train.classes
 
     torch.manual_seed(train.seed)  # the same initial weights on every rank
@@ -126,7 +126,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     )
 
 
-def find_images(config: Config, cluster: Cluster) -> RunImages:
+def find_data(config: Config, cluster: Cluster) -> RunData:
     """Open both splits, look through their files, and compare them between hosts and with the run's folder.
 
     Raises:
@@ -145,7 +145,7 @@ def find_images(config: Config, cluster: Cluster) -> RunImages:
     cluster.on_first(lambda: [check_images(split, config.data.max_pixels, decode) for split in splits])
     found = same_images(cluster, splits)
     cluster.on_first(lambda: check_run_data(config, found))
-    return RunImages(splits, found)
+    return RunData(splits, found)
 
 
 def build_run_loaders(

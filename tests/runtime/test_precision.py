@@ -10,7 +10,8 @@ from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.runtime import precision
 from kdav_fast.runtime.precision import autocast_dtype, resolve_precision
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.train.loop import prepare, run_training
+from kdav_fast.train.beginning import settled_config
+from kdav_fast.train.loop import run_training
 from kdav_fast.train.run_folder import write_run_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -58,14 +59,13 @@ def test_a_run_keeps_the_precision_that_it_began_with(monkeypatch, small_config,
     assert yaml.safe_load((config.run_dir / "config.yaml").read_text())["train"]["precision"] == "bf16"
 
     let_cpu_have_bf16(monkeypatch, False)  # continued on another machine
-    parts, _ = prepare(config, start_cluster("cpu"), extend=False)
-    assert parts.dtype is torch.bfloat16
-    assert parts.config.train.precision == "bf16"
+    config, _ = settled_config(config, start_cluster("cpu"), extend=False)
+    assert config.train.precision == "bf16"
     explicit = small_config(
         config.run_dir, train={**config.train.model_dump(mode="json"), "precision": "fp32"}
     )
     with pytest.raises(InputError, match=r"train\.precision is 'bf16' there and 'fp32' here"):
-        prepare(explicit, start_cluster("cpu"), extend=False)
+        settled_config(explicit, start_cluster("cpu"), extend=False)
 
 
 def test_an_evaluation_computes_as_its_run_did(monkeypatch, small_config, tmp_path):
@@ -78,16 +78,13 @@ def test_an_evaluation_computes_as_its_run_did(monkeypatch, small_config, tmp_pa
     assert evaluate_file(config.run_dir, ["train.precision=bf16"]).loss != same
 
 
-def test_a_run_of_an_earlier_version_goes_on_in_what_auto_meant_there(monkeypatch, small_config, tmp_path):
-    let_cpu_have_bf16(monkeypatch, True)
-    monkeypatch.setattr(precision, "SMALLEST_BF16_IMAGE", 8)
-    config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0, "save_every": 0})
+def test_a_run_that_did_not_write_down_what_auto_stood_for_is_of_another_version(small_config, tmp_path):
+    config = small_config(tmp_path / "run")
     write_run_config(config)  # it says `auto`, as then
-    parts, _ = prepare(config, start_cluster("cpu"), extend=False)
-    assert parts.dtype is None
-    explicit = config.train.model_copy(update={"precision": "bf16"})
-    with pytest.raises(InputError, match=r"train\.precision is 'fp32' there and 'bf16' here"):
-        prepare(config.model_copy(update={"train": explicit}), start_cluster("cpu"), extend=False)
+    with pytest.raises(
+        InputError, match=r"was begun by another version of kdav_fast.*start anew in another run_dir"
+    ):
+        settled_config(config, start_cluster("cpu"), extend=False)
 
 
 def test_doctor_says_what_auto_takes(monkeypatch):
