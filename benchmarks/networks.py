@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from textwrap import shorten
 from typing import NamedTuple
 
 import timm
@@ -23,7 +22,7 @@ import torchvision
 from networks_page import networks_page
 from tqdm import tqdm
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.models import ImageClassifier, build_classifier
 from kdav_fast.models.arguments import sketch
 from kdav_fast.models.stock import build_stock
@@ -98,7 +97,7 @@ def try_network(name: str, most_parameters: float) -> Row:
     try:
         _train(network, size)
     except Exception as error:  # whatever a library's layers raise
-        student, why = "no", f"in training: {shorten(str(error), 200)}"
+        student, why = "no", f"in training: {one_line(error)}"
     return row._replace(teacher=teacher, student=student, why=why)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 
 LARGE = ("B256 d512 L65536", "B256 d512 L16384", "B1024 d2048 L65536")
 """Shapes of the loss that the short summary shows."""
@@ -158,7 +158,7 @@ def read_results(folder: Path) -> list[Result]:
 
 def malformed(name: str, benchmark: str, error: Exception) -> InputError:
     """In one line, for a file that is not what its benchmark writes."""
-    reason = f"it has no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+    reason = f"it has no {error}" if isinstance(error, KeyError) else one_line(error)
     return InputError(
         f"{name} is not a result of {benchmark}.py ({reason}); run benchmarks/{benchmark}.py again"
     )

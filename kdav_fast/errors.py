@@ -1,10 +1,12 @@
-"""The exceptions that mean "not our code": the user's input, or another process."""
+"""The exceptions that mean "not our code": the user's input, or another process. How messages put what they quote."""
 
 import errno
 import re
+from collections.abc import Sequence
 
 _MESSAGE = 2000
 _VALUE = 100
+_REASON = 300
 _NO_MEMORY = re.compile(r"out of memory|(can't|cannot|unable to) allocate|bad_alloc", re.IGNORECASE)
 """As torch, CUDA, DALI, NumPy and the system say it."""
 
@@ -56,6 +58,26 @@ def shown(value: object, length: int = _VALUE) -> str:
         return _cut(repr(value), length)
     except (ValueError, RecursionError):  # of a whole number of thousands of digits, or of a list in itself
         return f"a {type(value).__name__}"
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line; the name of its type if it says nothing."""
+    # torch's errors may go on with a stack of C++.
+    text = re.split(r"\n(?:Exception raised from|C\+\+ CapturedTraceback)", str(error))[0]
+    return _cut(" ".join(text.split()), _REASON) or type(error).__name__
+
+
+def named(error: BaseException) -> str:
+    """The same behind the name of its type, where what it says alone may be a key or a number."""
+    name, text = type(error).__name__, one_line(error)
+    return name if text == name else f"{name}: {text}"
+
+
+def listed(items: Sequence[object], most: int, separator: str = ", ") -> str:
+    """The first `most` of some items, and how many there are besides."""
+    first = separator.join(map(str, items[:most]))
+    link = " " if separator == ", " else separator
+    return first if len(items) <= most else f"{first}{link}and {len(items) - most:,} more"
 
 
 def _cut(text: str, length: int) -> str:

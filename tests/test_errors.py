@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdav_fast.errors import lack_of_means
+from kdav_fast.errors import lack_of_means, listed, named, one_line
 
 
 def error_of(function, *arguments) -> Exception:
@@ -56,3 +56,39 @@ def test_too_little_of_something_else(error, said):
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError(errno.EIO, "x"), RuntimeError()])
 def test_other_errors_are_our_own(error):
     assert lack_of_means(error) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "line", "with_name"),
+    [
+        (RuntimeError("two\n  lines"), "two lines", "RuntimeError: two lines"),
+        (KeyError("step"), "'step'", "KeyError: 'step'"),
+        (MemoryError(), "MemoryError", "MemoryError"),
+        (
+            RuntimeError("no port\nException raised from f at a.cpp:1\nframe #0"),
+            "no port",
+            "RuntimeError: no port",
+        ),
+    ],
+)
+def test_what_an_error_says(error, line, with_name):
+    assert (one_line(error), named(error)) == (line, with_name)
+
+
+def test_a_long_error_keeps_its_beginning_and_its_end():
+    line = one_line(ValueError("because " + "x" * 10_000 + " of this"))
+    assert line.startswith("because x")
+    assert line.endswith("x of this")
+    assert len(line) <= 300
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, ""), (1, "0"), (3, "0, 1, 2"), (4, "0, 1, 2 and 1 more"), (2003, "0, 1, 2 and 2,000 more")],
+)
+def test_a_list_names_the_first(count, text):
+    assert listed(range(count), 3) == text
+
+
+def test_a_list_of_clauses():
+    assert listed(["a is 1", "b is 2", "c is 3"], 2, "; ") == "a is 1; b is 2; and 1 more"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kdav_fast.data import Loader, build_evaluation_loader, check_images, open_evaluation_images
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 from kdav_fast.inference.trained import Trained, inference_config, open_trained, start_inference
 from kdav_fast.runtime.precision import autocast
 from kdav_fast.runtime.processes import Cluster
@@ -96,8 +96,9 @@ def evaluate_trained(trained: Trained, overrides: list[str] = ()) -> tuple[Accur
     images = open_evaluation_images(config.data, card.classes)
     if images.classes != card.classes:
         raise InputError(
-            f"{images.root / images.split} has {len(images.classes)} classes ({_some(images.classes)}), but "
-            f"{trained.file} knows {len(card.classes)} ({_some(card.classes)}); give the data set it was trained for"
+            f"{images.root / images.split} has {len(images.classes)} classes ({listed(images.classes, 3)}), but "
+            f"{trained.file} knows {len(card.classes)} ({listed(card.classes, 3)}); "
+            "give the data set it was trained for"
         )
     check_images(images, config.data.max_pixels, config.data.check == "decode")
     loader = build_evaluation_loader(
@@ -110,7 +111,3 @@ def evaluate_trained(trained: Trained, overrides: list[str] = ()) -> tuple[Accur
     tally = ClassTally()
     accuracy = evaluate(network, loader, cluster, dtype, tally)
     return accuracy, tally.results(card.classes, cluster)
-
-
-def _some(classes: tuple[str, ...]) -> str:
-    return ", ".join(classes[:3]) + (", ..." if len(classes) > 3 else "")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdav_fast.data.preprocessing import evaluation_preprocessing
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.file import CARD_KEY, StudentCard, read_card
 
@@ -106,7 +106,7 @@ class OnnxStudent(nn.Module):
                 self._session.run([self._output.name], {self._input.name: part.numpy()})[0] for part in parts
             ]
         except Exception as error:  # onnxruntime has no common class for its errors
-            raise InputError(f"{self._path} cannot be run: {_one_line(error)}; export it again") from None
+            raise InputError(f"{self._path} cannot be run: {one_line(error)}; export it again") from None
         logits = torch.cat([torch.from_numpy(answer) for answer in answers])[: len(images)]
         return Outputs(images.new_empty(len(images), 0), logits.to(images.device).float())
 
@@ -132,7 +132,7 @@ def read_onnx(path: Path) -> tuple[OnnxStudent, StudentCard]:
         metadata = session.get_modelmeta().custom_metadata_map
     except Exception as error:  # onnxruntime has no common class for its errors
         raise InputError(
-            f"{path} is no ONNX file that onnxruntime can read ({_one_line(error)}); copy it again, with the file "
+            f"{path} is no ONNX file that onnxruntime can read ({one_line(error)}); copy it again, with the file "
             "of its weights if it has one, or export it again"
         ) from None
     card = read_card(metadata, path)
@@ -142,8 +142,3 @@ def read_onnx(path: Path) -> tuple[OnnxStudent, StudentCard]:
             "give a file that 'kdav export' wrote"
         )
     return OnnxStudent(path, session), card
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."

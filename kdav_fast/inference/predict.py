@@ -17,7 +17,7 @@ from kdav_fast.data.checks.defects import examine
 from kdav_fast.data.checks.scan import scan
 from kdav_fast.data.image_set import printable
 from kdav_fast.data.sources.folder import IMAGE_SUFFIXES, ImageFolder
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.inference.trained import Trained, inference_config, start_inference
 from kdav_fast.runtime.precision import autocast
 
@@ -198,7 +198,7 @@ def _asker(trained: Trained, config: Config) -> Callable[[_Files], Tensor]:
             try:
                 batch = next(batches, None)
             except (InputError, RuntimeError, OSError) as error:
-                raise _DecodingError(" ".join(str(error).split())) from None
+                raise _DecodingError(one_line(error)) from None
             if batch is None:
                 return torch.cat(scores)
             with autocast(cluster.device, dtype):

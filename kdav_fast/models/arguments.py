@@ -4,13 +4,12 @@ import difflib
 import inspect
 import re
 from collections.abc import Callable
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import nn
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 
 Build = Callable[..., nn.Module]
 """Builds a network, newly initialised, from the constructor's further arguments."""
@@ -74,8 +73,7 @@ def check_arguments(name: str, build: Build, arguments: dict[str, Any]) -> None:
         if unknown:
             raise _unknown(name, build, unknown[1]) from None
         raise InputError(
-            f"{name} cannot be built with the arguments {arguments} "
-            f"({shorten(str(error) or type(error).__name__, 200)}); change or drop them"
+            f"{name} cannot be built with the arguments {arguments} ({one_line(error)}); change or drop them"
         ) from None
     for key in arguments:
         if key not in _parameters(wanted) and _swallowed(build, arguments, key, wanted):

@@ -1,13 +1,12 @@
 """A stock network split at its head: penultimate features and class scores in one pass."""
 
 from collections.abc import Mapping
-from textwrap import shorten
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed, one_line
 from kdav_fast.models.heads import Features, LinearHeads, as_linear, class_scores, take_heads
 from kdav_fast.models.normalization import Normalization
 from kdav_fast.models.outputs import Outputs
@@ -122,15 +121,13 @@ class ImageClassifier(nn.Module):
         """
         state, differences = self.fitted(state)
         if differences:
-            shown = ", ".join(list(differences.values())[:3])
-            more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
             tensors = len(
                 self.stock_state_dict().keys() | differences.keys()
             )  # its own, and those it has not
             raise InputError(
                 f"the weights do not fit {self.name} with {self.classes} classes and width {self.width:g}: "
-                f"{shown}{more} ({len(differences)} of {tensors} tensors differ); give weights of "
-                "this architecture or change its name, arguments, width or classes"
+                f"{listed(list(differences.values()), 3)} ({len(differences)} of {tensors} tensors differ); give "
+                "weights of this architecture or change its name, arguments, width or classes"
             )
         own = set()
         for path, part in zip(self.head_paths, self._parts(), strict=True):
@@ -162,7 +159,7 @@ class ImageClassifier(nn.Module):
 
     def unfit(self, task: str, error: Exception) -> InputError:
         """For the user: the network cannot do a task, and what its library says."""
-        reason = shorten(str(error) or type(error).__name__, 200).rstrip(".")
+        reason = one_line(error).rstrip(".")
         return InputError(
             f"{self.name} cannot {task} ({reason}); set data.image_size to a size that it takes (its own is "
             f"{self.facts.image_size}), or choose another image classifier, such as timm:resnet18"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.models.arguments import check_arguments, sketch, with_image_size
 from kdav_fast.models.cifar import CIFAR_NETWORKS
 from kdav_fast.models.normalization import Normalization
@@ -253,8 +253,7 @@ def _families_for(network: str) -> str:
 
 
 def _no_weights(name: str, error: Exception) -> InputError:
-    reason = " ".join(str(error).split()) or type(error).__name__
     return InputError(
-        f"{name}: its pretrained weights cannot be had ({reason}); download them where there is a network, "
+        f"{name}: its pretrained weights cannot be had ({one_line(error)}); download them where there is a network, "
         "or give a checkpoint"
     )

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed, one_line
 
 # Where the usual training scripts put the weights in what they save; the first one found is taken.
 WRAPPERS = ("state_dict", "model", "model_state", "model_state_dict", "net", "state_dict_ema")
@@ -62,7 +62,7 @@ def _load_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return _strip_prefixes(tensors), dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"weights {path} is not a whole safetensors file ({_one_line(error)}); copy it again"
+            f"weights {path} is not a whole safetensors file ({one_line(error)}); copy it again"
         ) from None
 
 
@@ -119,7 +119,9 @@ def _unwrap(content: Any, path: Path) -> dict[str, Tensor]:
         for candidate in (content, *(content.get(key) for key in WRAPPERS)):
             if _is_state_dict(candidate):
                 return _strip_prefixes(candidate)
-    held = f"a dict with {_some(content)}" if isinstance(content, dict) else f"a {type(content).__name__}"
+    held = f"a {type(content).__name__}"
+    if isinstance(content, dict):
+        held = f"a dict with {listed(list(map(repr, content)), 3) or 'no keys'}"
     raise InputError(
         f"weights {path} holds {held}, not a state dict; a state dict, or one under "
         f"{', '.join(repr(key) for key in WRAPPERS)}, can be read"
@@ -137,12 +139,3 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if all(name.startswith(prefix) for name in tensors):
             tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return dict(tensors)
-
-
-def _some(content: dict) -> str:
-    keys = [repr(key) for key in content]
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more keys" if len(keys) > 3 else "") or "no keys"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())

@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from kdav_fast.errors import listed
+
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "numpy", "triton")
 _NAMED = 3
 """So many differing facts are named."""
@@ -25,12 +27,14 @@ def difference(facts: Sequence[tuple[str, Mapping[str, str]]]) -> str:
             key for key in sorted(expected.keys() | found.keys()) if expected.get(key) != found.get(key)
         ]
         if unlike:
-            told = "; ".join(
+            told = [
                 f"{key} is {expected.get(key, 'unknown')} on {first} and {found.get(key, 'unknown')} on {name}"
-                for key in unlike[:_NAMED]
+                for key in unlike
+            ]
+            return (
+                f"the processes of the run do not have the same: {listed(told, _NAMED, '; ')}; "
+                "start all of them alike"
             )
-            more = f"; and {len(unlike) - _NAMED} more" if len(unlike) > _NAMED else ""
-            return f"the processes of the run do not have the same: {told}{more}; start all of them alike"
     return ""
 
 

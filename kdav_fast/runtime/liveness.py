@@ -19,7 +19,7 @@ from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
-from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.errors import InputError, RankLostError, named
 from kdav_fast.runtime.ending import before_end, end_process
 from kdav_fast.runtime.interrupts import terminations
 from kdav_fast.runtime.meeting import Meeting, claim, gather_all, look
@@ -125,7 +125,7 @@ class Liveness:
             raise
         except RuntimeError as error:
             self._settling = True
-            own, cause = f"{self._name} ended with {_one_line(error)}", self.lost()
+            own, cause = f"{self._name} ended with {named(error)}", self.lost()
             # The same error on another rank, but for its numbers, is no consequence: it is an ordinary one.
             if not cause or _without_numbers(cause) == _without_numbers(own):
                 self._leave(own)
@@ -133,7 +133,7 @@ class Liveness:
             self._leave(cause)
             raise self._given_up(cause) from error
         except BaseException as error:
-            self._leave(f"{self._name} ended with {_one_line(error)}")
+            self._leave(f"{self._name} ended with {named(error)}")
             raise
         if not stay:
             self._leave()
@@ -319,12 +319,6 @@ class _Watched:
 
 def _exit_code(error: Exception) -> int:
     return 2 if isinstance(error, InputError) else 1
-
-
-def _one_line(error: BaseException) -> str:
-    # torch's errors may go on with a stack of C++.
-    text = re.split(r"\n(?:Exception raised from|C\+\+ CapturedTraceback)", str(error))[0]
-    return " ".join(f"{type(error).__name__}: {text}".split())[:500]
 
 
 def _without_numbers(cause: str) -> str:

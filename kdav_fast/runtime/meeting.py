@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from kdav_fast.errors import InputError, RankLostError
+from kdav_fast.errors import InputError, RankLostError, one_line
 from kdav_fast.runtime.agreement import difference
 
 _POLL, _NAMING, _GRACE = 0.1, 60.0, 5.0
@@ -68,7 +68,7 @@ class Meeting:
                 raise RankLostError(
                     f"{self._first()} answered and left again; look into its output"
                 ) from error
-            reason = "it is in use" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+            reason = "it is in use" if "EADDRINUSE" in str(error) else one_line(error)
             raise InputError(
                 f"MASTER_PORT {self.port} of host {socket.gethostname()} cannot be used: {reason}; another run may "
                 "have it: give another one (--master_port of the deepspeed launcher)"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.checkpoint.pieces import restore_training_state, training_state
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, named
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.file import CHECKPOINTS, FILE_NAME, student_bytes
 from kdav_fast.train.phases import PhasePosition, Restored, momentum
@@ -165,7 +165,7 @@ class Checkpoints:
         except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
             raise InputError(
                 f"{folder} is what its manifest says, but no checkpoint that this version can read "
-                f"({_one_line(error)}); remove it to continue from an earlier one, or start anew in another run_dir"
+                f"({named(error)}); remove it to continue from an earlier one, or start anew in another run_dir"
             ) from None
 
 
@@ -284,10 +284,6 @@ def _restore_buffers(run: Run, saved: list[dict[str, Tensor]]) -> None:
             buffer.copy_(values.sum(0) / run.cluster.world)  # so that the sum over ranks stays what it was
         else:
             buffer.copy_(values.mean(0))
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _portable(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdav_fast.config import TrainConfig
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
@@ -114,7 +114,7 @@ class Engine(ABC):
             if config.deepspeed is None or (isinstance(error, OSError) and error.filename is None):
                 raise
             raise InputError(
-                f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {' '.join(str(error).split())}"
+                f"DeepSpeed refuses the settings of train.deepspeed {config.deepspeed}: {one_line(error)}"
             ) from None
         if cluster.world > 1:
             # Its own group over all ranks has torch's half hour, whatever the default group has.

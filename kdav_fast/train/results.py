@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.runtime.processes import say
 from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.student.file import FILE_NAME, write_student
@@ -58,8 +58,7 @@ def _try(what: str, write: Callable[[], object]) -> None:
     try:
         write()
     except Exception as error:  # a plotting library fails in as many ways as there are fonts and numbers
-        reason = " ".join(str(error).split()) or type(error).__name__
-        say(f"warning: the {what} could not be written ({reason}); the student is not affected")
+        say(f"warning: the {what} could not be written ({one_line(error)}); the student is not affected")
 
 
 def _require_finite(weights: dict[str, Tensor], run_dir: Path) -> None:

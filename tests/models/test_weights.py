@@ -145,7 +145,7 @@ def test_missing_file_and_folder(tmp_path):
     [
         (
             {"epoch": 3, "optimizer": {}, "loss": 0.5, "lr": 0.1},
-            "'epoch', 'optimizer', 'loss' and 1 more keys",
+            "'epoch', 'optimizer', 'loss' and 1 more",
         ),
         ({}, "no keys"),
         ([torch.zeros(1)], "a list"),

@@ -9,6 +9,7 @@ from kdav_fast.config.data import PILLOW_MAX_PIXELS
 from kdav_fast.data.checks.jpeg import jpeg_damage
 from kdav_fast.data.formats import HEAD_BYTES, format_of, is_called, open_image
 from kdav_fast.data.image_set import EncodedImages
+from kdav_fast.errors import one_line
 
 _END_BYTES = 4096
 _WIDE = ("F", "I")  # Pillow's modes of floats and 32-bit integers
@@ -89,7 +90,7 @@ def _defect(file: BinaryIO, max_pixels: int | None, decode: bool) -> str | None:
     except Exception as error:  # the plugins raise whatever they stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise  # of the file system
-        damage = " ".join(str(error).split()) or type(error).__name__
+        damage = one_line(error)
     if damage is None:
         return None
     return "truncated" if re.search("truncated|premature end of jpeg", damage, re.I) else f"damaged: {damage}"

@@ -15,7 +15,7 @@ from typing import TypeVar
 from kdav_fast.data.cache import cache_folder
 from kdav_fast.data.checks.defects import examine
 from kdav_fast.data.image_set import EncodedImages, ImageSet, printable
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 from kdav_fast.runtime.files import write_cached
 from kdav_fast.runtime.progress_bar import ProgressBar
 
@@ -122,10 +122,9 @@ def decoding_defects(images: ImageSet, positions: Iterable[int]) -> list[str]:
 
 def defects_error(images: ImageSet, defects: list[str], most: int = 5) -> InputError:
     """The error that names the first `most` of some defective images."""
-    named = ", ".join(defects[:most]) + (f" and {len(defects) - most} more" if len(defects) > most else "")
     return InputError(
-        f"{len(defects)} of {len(images)} images in {images.root} cannot be used: {named}; replace or remove "
-        "them, or leave them out by data.skip_list, which 'kdav data check --quarantine' writes"
+        f"{len(defects)} of {len(images)} images in {images.root} cannot be used: {listed(defects, most)}; replace "
+        "or remove them, or leave them out by data.skip_list, which 'kdav data check --quarantine' writes"
     )
 
 

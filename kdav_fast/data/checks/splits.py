@@ -1,7 +1,6 @@
 """What is wrong with the two splits of a data set taken together, or makes their figures worth less than they seem."""
 
 from collections import defaultdict
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from typing import NamedTuple
@@ -11,7 +10,7 @@ import numpy as np
 from kdav_fast.data.fingerprint import content_of
 from kdav_fast.data.image_set import EncodedImages, ImageSet, PixelImages, printable
 from kdav_fast.data.sources import Splits
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 
 _EXAMINED = 512  # evaluation images
 _COMPARED = 4096  # training images of the same size as one of those
@@ -93,7 +92,7 @@ def _classes_without_images(splits: Splits, counts: np.ndarray) -> list[str]:
         return []
     asked = int(np.isin(evaluation.labels, empty).sum())
     of_them = f"; {asked:,} evaluation images are of these" if asked else ""
-    names = _some([train.classes[label] for label in empty])
+    names = listed([f"'{printable(train.classes[label])}'" for label in empty], 5)
     return [
         f"warning: {len(empty):,} of {len(train.classes):,} classes have no training image: {names}{of_them}"
     ]
@@ -157,8 +156,3 @@ def _tail(images: EncodedImages, position: int) -> bytes | None:
 
 def _pixels(images: PixelImages, position: int) -> bytes:
     return blake2b(images.pixels[position].cpu().numpy().tobytes(), digest_size=16).digest()
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    listed = ", ".join(f"'{printable(name)}'" for name in names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most:,} more"

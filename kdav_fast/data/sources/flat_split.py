@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kdav_fast.data.image_set import printable
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 
 _IN_SPLIT = ("val_annotations.txt", "val.txt", "val_labels.txt")  # the first is Tiny-ImageNet's
 _IN_ROOT = ("val.txt", "val_labels.txt")
@@ -90,11 +90,11 @@ def read_labels(path: Path, images: Sequence[str], classes: tuple[str, ...]) -> 
 def _require_pairs(path: Path, absent: list[str], unnamed: list[str]) -> None:
     if absent:
         raise InputError(
-            f"{path} names {_first(absent)} but there is no such image; complete the folder or remove the lines"
+            f"{path} names {_quoted(absent)} but there is no such image; complete the folder or remove the lines"
         )
     if unnamed:
         raise InputError(
-            f"{path} has no line for {_first(unnamed)}; add IMAGE CLASS lines or remove the images"
+            f"{path} has no line for {_quoted(unnamed)}; add IMAGE CLASS lines or remove the images"
         )
 
 
@@ -176,6 +176,5 @@ def _columns(line: str) -> list[str]:
     return [column.strip(" ") for column in columns]
 
 
-def _first(names: Sequence[str], most: int = 3) -> str:
-    listed = ", ".join(f"'{printable(name)}'" for name in names[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most:,} more"
+def _quoted(names: Sequence[str]) -> str:
+    return listed([f"'{printable(name)}'" for name in names], 3)

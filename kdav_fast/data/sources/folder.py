@@ -16,7 +16,7 @@ import numpy as np
 from kdav_fast.data.formats import HEAD_BYTES, IMAGE_SUFFIXES, format_of
 from kdav_fast.data.image_set import EncodedImages, is_utf8, printable
 from kdav_fast.data.sources.flat_split import describe_label_files, find_label_file, read_labels
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 
 _THREADS = 16  # they wait for the file system most of the time
 _CHUNK = 256  # files a task of theirs
@@ -95,7 +95,7 @@ def open_folder(root: Path, val_labels: Path | None = None) -> tuple[ImageFolder
     evaluation = open_evaluation_folder(root, train.classes, val_labels)
     if train.classes != evaluation.classes:
         differences = [
-            f"only {one.split}/ has {_some(set(one.classes) - set(other.classes))}"
+            f"only {one.split}/ has {listed(sorted(map(repr, set(one.classes) - set(other.classes))), 5)}"
             for one, other in ((train, evaluation), (evaluation, train))
             if set(one.classes) - set(other.classes)
         ]
@@ -277,8 +277,7 @@ def _remark(folder: Path, others: list[str], most: int = 3) -> str | None:
     """What to say about files that may be meant as images."""
     if not others:
         return None
-    named = ", ".join(map(printable, others[:most]))
-    named += f" and {len(others) - most:,} more" if len(others) > most else ""
+    named = listed(list(map(printable, others)), most)
     files = "1 file is" if len(others) == 1 else f"{len(others):,} files are"
     return (
         f"note: {printable(str(folder))}: {files} passed over by the suffix: {named}; rename or convert what "
@@ -301,8 +300,3 @@ def _unreadable(error: OSError) -> InputError:
     return InputError(
         f"folder {printable(str(error.filename))} cannot be read: {error.strerror}; check its permissions"
     )
-
-
-def _some(names: set[str], most: int = 5) -> str:
-    listed = ", ".join(repr(name) for name in sorted(names)[:most])
-    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"

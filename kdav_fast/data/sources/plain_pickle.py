@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy._core import multiarray, numeric
 
+from kdav_fast.errors import named
+
 
 def load_plain(content: bytes) -> Any:
     """Numbers, texts, lists, tuples, dictionaries and NumPy arrays of numbers; Python 2's texts come as bytes.
@@ -17,7 +19,7 @@ def load_plain(content: bytes) -> Any:
     try:
         return _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except Exception as error:  # bytes at random can raise anything
-        raise pickle.UnpicklingError(f"{type(error).__name__}: {error}".splitlines()[0]) from None
+        raise pickle.UnpicklingError(named(error)) from None
 
 
 def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:

@@ -17,7 +17,7 @@ from kdav_fast.data.fingerprint import content_of
 from kdav_fast.data.image_set import ByteRange, EncodedImages, printable
 from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.data.sources.tar_index import index_shards
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, listed
 
 _MOST_NAMES = 10  # times the classes that have images: of more names, most are a mistake
 _SPLIT_WORDS = {"train": "train", "val": "val", "validation": "val", "test": "test"}
@@ -121,10 +121,10 @@ def _numbered_classes(train: TarShards, evaluation: TarShards) -> tuple[str, ...
     count = int(last.labels[position]) + 1
     absent = np.flatnonzero(np.bincount(train.labels, minlength=count) == 0).tolist()
     if absent:
-        some = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5:,} more" if len(absent) > 5 else "")
         raise InputError(
             f"{printable(last.name(position))} in {train.root} has label {count - 1}, but the training shards hold no "
-            f"image of {some}; correct the labels, or name all {count:,} classes in classes.txt beside the shards"
+            f"image of {listed(absent, 5)}; correct the labels, or name all {count:,} classes in "
+            "classes.txt beside the shards"
         )
     return tuple(map(str, range(count)))
 
