@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kdav_fast.errors import InputError, RankLostError, lack_of_means
+from kdav_fast.errors import InputError, RankLostError, lack_of_means, listed
 from kdav_fast.runtime.interrupts import INTERRUPTED, STOPPED, Interrupts
 from kdav_fast.runtime.json_text import json_text
 from kdav_fast.runtime.say import say_once
@@ -302,10 +302,9 @@ def _predict(options: argparse.Namespace) -> int:
             )
         )
     if refused:
-        named = "; ".join(map(str, refused[:5])) + (
-            f"; and {len(refused) - 5} more" if len(refused) > 5 else ""
+        raise InputError(
+            f"{len(refused)} of {len(answered) + len(refused)} could not be classified: {listed(refused, 5, '; ')}"
         )
-        raise InputError(f"{len(refused)} of {len(answered) + len(refused)} could not be classified: {named}")
     return 0
 
 
@@ -337,8 +336,7 @@ def _report(options: argparse.Namespace) -> int:
 def _doctor(options: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from kdav_fast.doctor.loss_choice import loss_finding, parse_loss_shape
-    from kdav_fast.doctor.machine import diagnose, diagnosis_json, print_diagnosis
+    from kdav_fast.doctor import diagnose, diagnosis_json, loss_finding, parse_loss_shape, print_diagnosis
 
     shape = parse_loss_shape(options.loss_shape)
     findings = [*diagnose(), loss_finding(shape, options.loss_dtype, options.posterior)]

@@ -4,11 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from kdav_fast.doctor.machine import Finding
+from kdav_fast.doctor.findings import Finding
 from kdav_fast.errors import InputError
 from kdav_fast.kernels.dispatch import Posterior, explain_choice
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from kdav_fast.runtime.precision import DTYPES, Format
 
 
 class LossShape(NamedTuple):
@@ -34,7 +33,7 @@ def parse_loss_shape(text: str) -> LossShape:
     return shape
 
 
-def loss_finding(shape: LossShape, dtype: str, posterior: Posterior) -> Finding:
+def loss_finding(shape: LossShape, dtype: Format, posterior: Posterior) -> Finding:
     """What `auto` takes on this machine, and why.
 
     Args:

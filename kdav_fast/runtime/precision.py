@@ -9,6 +9,7 @@ from kdav_fast.errors import InputError
 SMALLEST_BF16_IMAGE = 32
 """Pixels a side from which bf16 was faster on a CPU, for networks of every size tried (docs/precision.md)."""
 Format = Literal["fp32", "bf16", "fp16"]
+DTYPES: dict[Format, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_precision(precision: Literal["auto", Format], device: torch.device, image_size: int) -> Format:
@@ -50,7 +51,7 @@ def autocast_dtype(
     if precision == "bf16" and not has_bf16(device):
         name = torch.cuda.get_device_name(device)
         raise InputError(f"{key} is 'bf16' but {name} has no bf16 arithmetic; use {key}=fp16 or fp32")
-    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return None if precision == "fp32" else DTYPES[precision]
 
 
 def check_image_dtype(
@@ -64,9 +65,9 @@ def check_image_dtype(
         )
 
 
-def dtype_name(dtype: torch.dtype | None) -> str:
+def dtype_name(dtype: torch.dtype | None) -> Format:
     """What the config calls an autocast dtype."""
-    return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    return next(name for name, known in DTYPES.items() if known == (dtype or torch.float32))
 
 
 def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:

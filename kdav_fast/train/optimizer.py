@@ -11,20 +11,9 @@ from torch import nn
 
 from kdav_fast.config import OptimizerConfig
 from kdav_fast.distillers.base import Learned
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
+from kdav_fast.runtime.apex import APEX_BUILD, APEX_CLASSES
 from kdav_fast.student.trainee import Trainee
-
-APEX_CLASSES = {
-    "apex_lamb": "FusedLAMB",
-    "apex_novograd": "FusedNovoGrad",
-    "apex_sgd": "FusedSGD",
-    "apex_adam": "FusedAdam",
-}
-"""`optimizer.name` and the class in `apex.optimizers`."""
-APEX_BUILD = (
-    "on a machine with nvcc of torch's CUDA version: git clone https://github.com/NVIDIA/apex && cd apex && "
-    "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation . (the 'apex' on PyPI is another project)"
-)
 
 
 def build_optimizer(
@@ -80,7 +69,7 @@ def _import_apex(name: str, device: torch.device) -> type[torch.optim.Optimizer]
         optimizer = getattr(import_module("apex.optimizers"), APEX_CLASSES[name])
         import_module("amp_C")  # the kernels, without which apex can be installed too
     except (ImportError, AttributeError) as error:
-        faults.append(f"apex's {APEX_CLASSES[name]} cannot be imported ({' '.join(str(error).split())})")
+        faults.append(f"apex's {APEX_CLASSES[name]} cannot be imported ({one_line(error)})")
         remedies.append(f"install apex {APEX_BUILD}")
     if faults:
         raise InputError(

@@ -1,6 +1,8 @@
+import ctypes
 import importlib.metadata
 import io
 import json
+import os
 import shutil
 import sys
 import sysconfig
@@ -10,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from kdav_fast.doctor import machine as doctor
-from kdav_fast.doctor.machine import Finding, diagnose, diagnosis_json, print_diagnosis
+from kdav_fast.doctor import Finding, decoding, diagnose, diagnosis_json, hardware, print_diagnosis
+from kdav_fast.doctor.machine import PROBES
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def fake_gpu(monkeypatch, major, minor, name="Fake GPU"):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=0: (major, minor))
-    monkeypatch.setattr(doctor, "_decode_with_dali", lambda device: None)
+    monkeypatch.setattr(decoding, "decode_with_dali", lambda device: None)
 
 
 def hide_commands(monkeypatch, *hidden):
@@ -56,7 +58,7 @@ def hide_packages(monkeypatch, *hidden):
 
 
 def assert_complete(findings):
-    assert len({(finding.area, finding.name) for finding in findings}) == len(findings) == len(doctor.PROBES)
+    assert len({(finding.area, finding.name) for finding in findings}) == len(findings) == len(PROBES)
     for finding in findings:
         assert finding.state in ("on", "off", "info")
         assert finding.detail.strip(), finding
@@ -121,11 +123,11 @@ def test_pascal_is_too_old_for_triton_and_so_for_torch_compile(monkeypatch):
 
 
 def test_without_gpu_it_tells_build_driver_and_hidden_devices_apart(monkeypatch):
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name)))
     assert "no NVIDIA driver" in found("GPU").detail
     assert "driver" in found("GPU").remedy
 
-    monkeypatch.setattr(doctor.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     message = "The NVIDIA driver on your system is too old\n(found version 11040)."
     monkeypatch.setattr(torch.cuda, "init", lambda: (_ for _ in ()).throw(RuntimeError(message)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
@@ -152,7 +154,7 @@ def test_no_dali(monkeypatch):
 
 
 def test_dali_that_imports_but_does_not_decode(monkeypatch):
-    monkeypatch.setattr(doctor, "TINY_JPEG", b"no image at all")
+    monkeypatch.setattr(decoding, "TINY_JPEG", b"no image at all")
     finding = found("DALI on the CPU")
     assert finding.state == "off"
     assert "cannot decode a JPEG" in finding.detail
@@ -269,15 +271,15 @@ def test_environment_variables(monkeypatch):
     ],
 )
 def test_cores_of_a_container(monkeypatch, files, detail):
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, []))
-    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: {0, 3, 4}, raising=False)
+    monkeypatch.setattr(hardware, "words_of", lambda path: files.get(path, []))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 3, 4}, raising=False)
     assert found("CPU").detail.startswith("3 of ")
     assert detail in found("CPU").detail
 
 
 def test_memory_of_a_container(monkeypatch):
     files = {"/proc/meminfo": ["MemTotal:", "8388608", "kB", "MemAvailable:", "4194304", "kB"]}
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, []))
+    monkeypatch.setattr(hardware, "words_of", lambda path: files.get(path, []))
     assert found("memory").detail == "4.0 of 8.0 GiB available, no cgroup limit"
     files["/sys/fs/cgroup/memory.max"] = [str(2 * 2**30)]
     assert "cgroup limit 2.0 GiB" in found("memory").detail
@@ -290,7 +292,7 @@ def test_a_probe_that_fails_is_a_finding_and_the_others_go_on(monkeypatch):
         print("noise")
         raise KeyError("two\nlines")
 
-    monkeypatch.setitem(doctor.PROBES, ("hardware", "CPU"), broken)
+    monkeypatch.setitem(PROBES, ("hardware", "CPU"), broken)
     findings = diagnose()
     assert_complete(findings)
     assert findings[0].state == "off"
@@ -329,4 +331,4 @@ def test_json_has_every_field():
         "detail": "1.0",
         "remedy": "",
     }
-    assert len(json.loads(diagnosis_json(diagnose()))) == len(doctor.PROBES)
+    assert len(json.loads(diagnosis_json(diagnose()))) == len(PROBES)

@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensorMode
 
 from kdav_fast.config import OptimizerConfig, load_config
 from kdav_fast.errors import InputError
-from kdav_fast.train.optimizer import APEX_CLASSES, build_optimizer
+from kdav_fast.runtime.apex import APEX_CLASSES
+from kdav_fast.train.optimizer import build_optimizer
 
 ADAM = {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "amsgrad": False, "set_grad_none": True}
 APEX_DEFAULTS = {
