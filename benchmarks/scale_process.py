@@ -69,7 +69,7 @@ class Process:
 
     def steps(self, count: int) -> list[float]:
         """Seconds of each step."""
-        self.cluster.barrier()
+        dist.barrier(group=self.cluster.control)
         times = [self._wait()]
         for _ in range(count):
             self._step()
@@ -86,7 +86,7 @@ class Process:
             yield
             spent[name] += self._wait() - begin
 
-        self.cluster.barrier()
+        dist.barrier(group=self.cluster.control)
         for _ in range(count):
             self._step(phase=phase)
         return {name: seconds / count for name, seconds in spent.items()}
@@ -123,7 +123,7 @@ class Process:
         """
         tensor = torch.zeros(max(1, size // 4), device=self.cluster.device)
         times = []
-        self.cluster.barrier()
+        dist.barrier(group=self.cluster.control)
         for _ in range(count):
             end = time.perf_counter() + 1e-3
             while time.perf_counter() < end:

@@ -84,11 +84,6 @@ class Cluster:
         if unlike:
             raise InputError(unlike)
 
-    def barrier(self) -> None:
-        """Wait until every rank is here."""
-        if self.world > 1:
-            dist.barrier(group=self.control)
-
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor over all ranks, in place."""
         if self.world > 1:
