@@ -10,7 +10,7 @@ with g_m, g_p the upstream gradients and r_j of DESIGN section 2,
 whose last term, summed over the memory, is the teacher's mean row, known since the forward pass.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,72 @@ def chunked_terms(
     return membership, temperature**2 * prediction
 
 
+class _RunningSums:
+    """Sums over the memory, each row's under its running maximum (online softmax): B student rows, then the teacher's.
+
+    Args:
+        student_query, teacher_query: kappa * unit embedding, B x d.
+        q_class: the teacher's class probabilities, B x K.
+    """
+
+    def __init__(self, student_query: Tensor, teacher_query: Tensor, q_class: Tensor) -> None:
+        self._queries = torch.cat([student_query, teacher_query])
+        self._batch = len(q_class)
+        self.maximum = torch.full_like(self._queries[:, 0], -torch.inf)
+        """m, the largest similarity s so far; 2B."""
+        self.total = torch.zeros_like(self.maximum)
+        """Of exp(s - m); 2B."""
+        self.cross = torch.zeros_like(self.maximum[: self._batch])
+        """Of exp(t - m) (t - s), with the teacher's similarity t; B, on a GPU only."""
+        self.mass = torch.zeros_like(q_class)
+        """Of exp(s - m) R, by class; B x K."""
+        self.teacher_mean = torch.zeros_like(teacher_query)
+        """Of exp(t - m) U; B x d."""
+
+    def add(self, memory: Tensor, posterior: Tensor, valid: Tensor | None) -> None:
+        """Add a slice of the memory, of which the `valid` leading rows are in use; None means all."""
+        rows = _in_compute_dtype(memory, self._queries.dtype)
+        similarity = _product(self._queries, rows.T)
+        if memory.is_cuda:
+            from kdav_fast.kernels import triton_chunk  # Triton is not on every system without a GPU
+
+            weights, rescale = triton_chunk.absorb(
+                similarity, self.maximum, self.total, self.cross, valid, rows.dtype
+            )
+        else:
+            weights, rescale = self._absorb(similarity, valid)
+        student, teacher = slice(self._batch), slice(self._batch, None)
+        self.mass.mul_(rescale[student, None])
+        _add_class_mass(self.mass, weights[student], posterior)
+        self.teacher_mean.mul_(rescale[teacher, None])
+        _add_product(self.teacher_mean, weights[teacher], rows)
+
+    def _absorb(self, similarity: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What `triton_chunk.absorb` does, but for `cross`, which a CPU has from the teacher's mean."""
+        maximum = torch.maximum(self.maximum, _mask(similarity, valid).amax(1))
+        rescale = (self.maximum - maximum).exp_()
+        weights = similarity.sub_(maximum[:, None]).exp_()
+        self.maximum = maximum
+        self.total.mul_(rescale).add_(weights.sum(1))
+        return weights, rescale
+
+
+class _Saved(NamedTuple):
+    """What the backward pass of the student's query needs."""
+
+    student_query: Tensor
+    memory: Tensor
+    posterior: Tensor
+    filled: Tensor | None
+    log_total: Tensor
+    """Of the student's rows; B."""
+    ratio: Tensor
+    """q / p by class, 0 below the floor; B x K."""
+    above: Tensor
+    """Q, the sum of q over classes above the floor; B."""
+    teacher_mean: Tensor
+
+
 class _ChunkedTerms(torch.autograd.Function):
     """Both divergences (T^2 left out) of queries kappa * unit embedding; saves nothing that grows with L."""
 
@@ -104,34 +170,29 @@ class _ChunkedTerms(torch.autograd.Function):
         eps: float,
         slice_rows: int,
     ) -> tuple[Tensor, Tensor]:
-        batch = len(q_class)
-        queries = torch.cat([student_query, teacher_query])
-        maximum = torch.full_like(queries[:, 0], -torch.inf)
-        total, cross = torch.zeros_like(maximum), torch.zeros_like(maximum[:batch])
-        mass, teacher_mean = torch.zeros_like(q_class), torch.zeros_like(teacher_query)
+        sums = _RunningSums(student_query, teacher_query, q_class)
         for start in range(0, memory.shape[0], slice_rows):
             part = slice(start, start + slice_rows)
-            valid = None if filled is None else filled - start
-            _absorb_slice(
-                queries, memory[part], posterior[part], valid, maximum, total, cross, mass, teacher_mean
-            )
+            sums.add(memory[part], posterior[part], None if filled is None else filled - start)
 
-        log_total = maximum + total.log()
-        teacher_mean.div_(total[batch:, None])
+        batch, total = len(q_class), sums.total
+        log_total = sums.maximum + total.log()
+        teacher_mean, cross = sums.teacher_mean.div_(total[batch:, None]), sums.cross
         if memory.is_cuda:
             cross.div_(total[batch:])
         else:
             # sum_j q_j (t_j - s_j) is linear in U, and this product is exact to the compute dtype.
             torch.sum((teacher_query - student_query) * teacher_mean, 1, out=cross)
         membership = cross - log_total[batch:] + log_total[:batch]
-        p_class = mass.div_(total[:batch, None])
+        p_class = sums.mass.div_(total[:batch, None])
         prediction = torch.xlogy(q_class, q_class) - q_class * p_class.clamp(min=eps).log()
         # The floor is flat: classes below it draw no gradient.
         above = torch.where(p_class >= eps, q_class, 0.0)
         ratio = above / p_class.clamp(min=eps)
-        ctx.save_for_backward(
+        saved = _Saved(
             student_query, memory, posterior, filled, log_total[:batch], ratio, above.sum(1), teacher_mean
         )
+        ctx.save_for_backward(*saved)
         ctx.slice_rows = slice_rows
         return membership, prediction.sum(1)
 
@@ -139,53 +200,34 @@ class _ChunkedTerms(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> tuple[Tensor | None, ...]:
         with without_autocast(membership_grad.device):
-            return _gradient(ctx, membership_grad, prediction_grad), *[None] * 7
+            grad = _gradient(_Saved(*ctx.saved_tensors), ctx.slice_rows, membership_grad, prediction_grad)
+            return grad, *[None] * 7
 
 
-def _gradient(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> Tensor:
+def _gradient(saved: _Saved, slice_rows: int, membership_grad: Tensor, prediction_grad: Tensor) -> Tensor:
     """The gradient in the student's query."""
-    query, memory, posterior, filled, log_total, ratio, above, teacher_mean = ctx.saved_tensors
     # Rows are brought to a common size and back at the end, so that float16 neither over- nor underflows.
     size = torch.maximum(membership_grad.abs(), prediction_grad.abs()).clamp(min=1e-30) / 4096
     membership_grad, prediction_grad = membership_grad / size, prediction_grad / size
-    minus_ratio = ratio * -prediction_grad[:, None]
-    offset = (membership_grad + prediction_grad * above)[:, None]
-    grad = teacher_mean * -membership_grad[:, None]
-    for start in range(0, memory.shape[0], ctx.slice_rows):
-        part = slice(start, start + ctx.slice_rows)
-        valid = None if filled is None else filled - start
-        _add_slice_gradient(grad, query, memory[part], posterior[part], valid, log_total, offset, minus_ratio)
+    minus_ratio = saved.ratio * -prediction_grad[:, None]
+    offset = (membership_grad + prediction_grad * saved.above)[:, None]
+    grad = saved.teacher_mean * -membership_grad[:, None]
+    for start in range(0, saved.memory.shape[0], slice_rows):
+        part = slice(start, start + slice_rows)
+        _add_slice_gradient(
+            grad,
+            saved.student_query,
+            saved.memory[part],
+            saved.posterior[part],
+            None if saved.filled is None else saved.filled - start,
+            saved.log_total,
+            offset,
+            minus_ratio,
+        )
     return grad.mul_(size[:, None])
 
 
-# The loops' bodies are functions so that a slice's tensors are freed before the next one's are made.
-def _absorb_slice(
-    queries: Tensor,
-    memory: Tensor,
-    posterior: Tensor,
-    valid: Tensor | None,
-    maximum: Tensor,
-    total: Tensor,
-    cross: Tensor,
-    mass: Tensor,
-    teacher_mean: Tensor,
-) -> None:
-    """Adds a slice of the memory to all running sums, the last five arguments."""
-    batch = len(mass)
-    rows = _in_compute_dtype(memory, queries.dtype)
-    similarity = _product(queries, rows.T)
-    if memory.is_cuda:
-        from kdav_fast.kernels import triton_chunk  # Triton is not on every system without a GPU
-
-        weights, rescale = triton_chunk.absorb(similarity, maximum, total, cross, valid, rows.dtype)
-    else:
-        weights, rescale = _absorb(similarity, maximum, total, valid)
-    mass.mul_(rescale[:batch, None])
-    _add_class_mass(mass, weights[:batch], posterior)
-    teacher_mean.mul_(rescale[batch:, None])
-    _add_product(teacher_mean, weights[batch:], rows)
-
-
+# A function, as `_RunningSums.add` is one, so that a slice's tensors are freed before the next one's are made.
 def _add_slice_gradient(
     grad: Tensor,
     query: Tensor,
@@ -207,21 +249,6 @@ def _add_slice_gradient(
         log_p_member = torch.addmm(-log_total[:, None], query, rows.T)
         slope = _mask(log_p_member, valid).exp_().mul_(share)
     _add_product(grad, slope, rows)
-
-
-def _absorb(
-    similarity: Tensor, maximum: Tensor, total: Tensor, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Turns a slice's similarities into exp(s - m) in place; updates the running maximum and total.
-
-    Also returns the factor by which earlier sums, taken under the old maximum, shrink.
-    """
-    new_maximum = torch.maximum(maximum, _mask(similarity, valid).amax(1))
-    rescale = (maximum - new_maximum).exp_()
-    weights = similarity.sub_(new_maximum[:, None]).exp_()
-    maximum.copy_(new_maximum)
-    total.mul_(rescale).add_(weights.sum(1))
-    return weights, rescale
 
 
 def _mask(similarity: Tensor, valid: Tensor | None) -> Tensor:

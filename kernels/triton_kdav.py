@@ -1,6 +1,6 @@
 """The objective by fused Triton kernels: launches and the autograd function."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -88,6 +88,36 @@ def triton_terms(
     )
 
 
+class _Saved(NamedTuple):
+    """Tensors for the backward pass, in the order of the gradient kernel's first arguments."""
+
+    student: Tensor
+    teacher: Tensor
+    memory: Tensor
+    posterior: Tensor
+    filled: Tensor
+    inverse_norm: Tensor
+    """Of student and teacher, 2 x B."""
+    log_total: Tensor
+    """The same shape."""
+    ratio: Tensor
+    """q / p by class, B x K."""
+    above: Tensor
+    """Sum of q over the classes above the floor, B."""
+
+
+class _Settings(NamedTuple):
+    """What both passes compute with."""
+
+    kappa_student: float
+    kappa_teacher: float
+    temperature: float
+    dtype: torch.dtype
+    """Of the products of embeddings."""
+    constants: dict[str, Any]
+    """Of the matrix products."""
+
+
 class _TritonTerms(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -106,6 +136,7 @@ class _TritonTerms(torch.autograd.Function):
         (batch, width), length, classes = student.shape, memory.shape[0], logits.shape[1]
         dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), memory.dtype)
         constants = product_constants(dtype, posterior.dtype, classes)
+        ctx.settings = _Settings(kappa_student, kappa_teacher, temperature, dtype, constants)
         similarity = {key: constants[key] for key in ("DTYPE", "PRECISION")}
 
         def empty(*shape: int) -> Tensor:
@@ -142,37 +173,32 @@ class _TritonTerms(torch.autograd.Function):
             batch, classes, splits, class_splits, temperature, eps,
             BLOCK_K=DIVERGENCE_BLOCK_K, BLOCK_S=MAX_SPLITS,
         )  # fmt: skip
-        ctx.save_for_backward(
-            student, teacher, memory, posterior, filled, inverse_norm, log_total, ratio, above
-        )
-        ctx.kappas, ctx.temperature = (kappa_student, kappa_teacher), temperature
+        saved = _Saved(student, teacher, memory, posterior, filled, inverse_norm, log_total, ratio, above)
+        ctx.save_for_backward(*saved)
         return membership_kl, prediction_kl
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> tuple[Tensor | None, ...]:
-        student, _, memory, posterior, _, inverse_norm, _, ratio, _ = ctx.saved_tensors
-        (batch, width), length, classes = student.shape, memory.shape[0], ratio.shape[1]
-        dtype = torch.promote_types(
-            torch.promote_types(student.dtype, ctx.saved_tensors[1].dtype), memory.dtype
-        )
-        constants = product_constants(dtype, posterior.dtype, classes)
+        saved = _Saved(*ctx.saved_tensors)
+        kappa_student, kappa_teacher, temperature, dtype, constants = ctx.settings
+        (batch, width), length, classes = saved.student.shape, len(saved.memory), saved.ratio.shape[1]
         # `loss.mean()` hands down one value expanded over the rows.
         upstream = membership_grad.contiguous(), prediction_grad.contiguous()
 
-        tile = TILES[architecture(student.device)]["gradient"][dtype]
+        tile = TILES[architecture(saved.student.device)]["gradient"][dtype]
         row_tiles, column_tiles = triton.cdiv(batch, tile.rows), triton.cdiv(width, tile.width)
-        splits = _splits(row_tiles * column_tiles, length, tile.items, student.device)
-        partial = torch.empty(splits, batch, width, dtype=torch.float32, device=student.device)
+        splits = _splits(row_tiles * column_tiles, length, tile.items, saved.student.device)
+        partial = torch.empty(splits, batch, width, dtype=torch.float32, device=saved.student.device)
         kernels.gradient_kernel[(row_tiles, column_tiles, splits)](
-            *ctx.saved_tensors, *upstream, partial,
-            batch, length, width, classes // constants["GROUP"], splits, *ctx.kappas, ctx.temperature,
+            *saved, *upstream, partial,
+            batch, length, width, classes // constants["GROUP"], splits, kappa_student, kappa_teacher, temperature,
             **tile.constants(), **tile.options(), **constants,
         )  # fmt: skip
-        grad = torch.empty_like(student)
+        grad = torch.empty_like(saved.student)
         kernels.embedding_gradient_kernel[(batch,)](
-            student, inverse_norm, *upstream, partial, grad,
-            batch, width, splits, ctx.kappas[0], ctx.temperature, BLOCK_W=triton.next_power_of_2(width),
+            saved.student, saved.inverse_norm, *upstream, partial, grad,
+            batch, width, splits, kappa_student, temperature, BLOCK_W=triton.next_power_of_2(width),
         )  # fmt: skip
         return grad, *[None] * 9
 
