@@ -199,7 +199,7 @@ def _copy_weights(it: _Wanted, donor: nn.Module, network: nn.Module, facts: Fact
     except RuntimeError as error:
         raise InputError(
             f"{it.name}: its pretrained weights do not fit it with arguments {facts.arguments} "
-            f"({' '.join(str(error).split())}); drop the arguments that change its layers"
+            f"({one_line(error)}); drop the arguments that change its layers"
         ) from None
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kdav_fast.checkpoint.manifest import FOLDER_NAME, defect, read_manifest
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 from kdav_fast.models import Normalization, build_classifier, load_weights
 from kdav_fast.runtime.files import write_whole
 from kdav_fast.student.student import Student
@@ -141,7 +141,7 @@ def read_file_card(file: Path) -> StudentCard:
             card = read_card(dict(content.metadata() or {}), file)
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"{file} is not a whole safetensors file ({' '.join(str(error).split())}); copy it again"
+            f"{file} is not a whole safetensors file ({one_line(error)}); copy it again"
         ) from None
     if card is None:
         raise _without_card(file)

@@ -10,6 +10,7 @@ from torch import nn
 
 from kdav_fast.config import Config
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.precision import dtype_name
 from kdav_fast.runtime.processes import Cluster, start_cluster
 from kdav_fast.train.beginning import settled_config
 from kdav_fast.train.checkpoints import Checkpoints, Position
@@ -80,7 +81,7 @@ def _set_up_lines(run: Run) -> Iterator[str]:
         yield f"teacher: {config.teacher.name}, {_parameters(run.teacher)}"
     if kept := sum(buffer.nbytes for buffer in run.distiller.buffers()):
         yield f"distiller: {config.distiller.name}, {kept / _MIB:.1f} MiB of memory"
-    precision = "fp32" if run.dtype is None else str(run.dtype).removeprefix("torch.")
+    precision = dtype_name(run.dtype)
     yield (
         f"run: {run.steps:,} steps, {train.epochs:g} epochs of {run.steps_per_epoch:g}; batches of "
         f"{train.batch_size:,} over {run.cluster.world} process{'es' * (run.cluster.world > 1)}; {precision} on "

@@ -13,7 +13,7 @@ from kdav_fast.data.image_set import PixelImages
 from kdav_fast.data.sources.archive_files import DamagedError, Files, Layout, read_files
 from kdav_fast.data.sources.cifar import CIFAR10, CIFAR100
 from kdav_fast.data.sources.stl10 import STL10
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, one_line
 
 _LAYOUTS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "stl10": STL10}
 
@@ -117,7 +117,7 @@ def _fetch(name: str, root: Path) -> Path:
                     (Path(partial) / published.filename).replace(archive)
     except (OSError, RuntimeError, HTTPException) as error:
         raise InputError(
-            f"{published.url} cannot be fetched into {root}: {' '.join(str(error).split())}; get it by other means "
+            f"{published.url} cannot be fetched into {root}: {one_line(error)}; get it by other means "
             f"and put it there as {published.filename}"
         ) from None
     return archive
