@@ -1,6 +1,7 @@
 """A stock network split at its head: penultimate features and class scores in one pass."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor, nn
 from kdav_fast.errors import InputError, listed, one_line
 from kdav_fast.models.heads import Features, LinearHeads, as_linear, class_scores, take_heads
 from kdav_fast.models.normalization import Normalization
-from kdav_fast.models.outputs import Outputs
+from kdav_fast.models.outputs import Extraction, Outputs
+from kdav_fast.models.stages import Stages, find_stages
 from kdav_fast.models.stock import Facts, find_stock
 
 __all__ = ["ImageClassifier", "build_classifier"]
@@ -33,6 +35,8 @@ class ImageClassifier(nn.Module):
         image_size: side of the square images it will see; the split is tried out on one of them.
         facts: what `find_stock` knows of it.
 
+    Feature maps come with every answer after `take_stages`.
+
     Attributes:
         backbone: the stock network without its head, or all of it.
         classifier: an `nn.Linear` or `LinearHeads`; None where the class scores are no linear map of the features.
@@ -53,7 +57,7 @@ class ImageClassifier(nn.Module):
         facts: Facts | None = None,
     ) -> None:
         super().__init__()
-        self.name, self.width = name, width
+        self.name, self.width, self.image_size = name, width, image_size
         self.facts = facts or Facts(image_size, {})
         training = network.training
         try:
@@ -67,6 +71,8 @@ class ImageClassifier(nn.Module):
         self.classifier = ending.classifier
         self.backbone = network
         self._features = Features()
+        self._last = ending.last
+        self._stages: Stages | None = None
         if ending.last is not None:
             network.get_submodule(ending.last).register_forward_pre_hook(self._features)
 
@@ -77,10 +83,45 @@ class ImageClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Outputs:
         """B x 3 x H x W images to features, B x feature_width, and logits, B x classes."""
+        features, scores, stages, preactivations = self.extract(images)
+        logits = self.classifier(features) if scores is None else scores
+        return Outputs(features, logits, None, stages, preactivations)
+
+    def extract(self, images: Tensor) -> Extraction:
+        """As `forward`, without the classifier: for what takes its place."""
+        if self._stages is not None:
+            self._stages.begin()
         answer = class_scores(self.backbone(images))
+        maps = ((), ()) if self._stages is None else self._stages.take()
         if self.classifier is not None:
-            return Outputs(answer, self.classifier(answer))
-        return Outputs(self._features.take() if self.feature_width else answer[:, :0], answer)
+            return Extraction(answer, None, *maps)
+        features = self._features.take() if self.feature_width else answer[:, :0]
+        return Extraction(features, answer, *maps)
+
+    def take_stages(self, preactivations: bool = False) -> None:
+        """From now on, answer with feature maps too: once, before compilation, sharding and copies of the network.
+
+        What these are says `find_stages`; where they lie is tried out on one image of the size given at the start.
+
+        Args:
+            preactivations: also with the maps before their last activation. A map that ends in none, as after an
+                addition, a concatenation or MobileNetV2's linear bottlenecks, is its own.
+
+        Raises:
+            InputError: it has no feature maps, or ones whose last activation no module shows.
+        """
+        if self._stages is not None:
+            raise RuntimeError("take_stages was called before; once is enough, before the first pass")
+        with _evaluating(self.backbone):
+            image = _noise(self.backbone, self.image_size)
+            found = find_stages(self.backbone, self.name, image, self._last, preactivations)
+        self._stages = Stages(self.backbone, found, preactivations)
+
+    def stage_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
+        """C, H, W of each map of images of this size, or of that given at the start; () before `take_stages`."""
+        with torch.no_grad(), _evaluating(self):
+            stages = self.extract(_noise(self.backbone, image_size or self.image_size)).stages
+        return tuple(tuple(stage.shape[1:]) for stage in stages)
 
     def linear_classifier(self) -> nn.Linear | None:
         """A copy of the classifier as one linear layer, feature_width to classes, if it is one."""
@@ -236,6 +277,18 @@ def build_classifier(
             if isinstance(module, nn.Conv2d):
                 module.reset_parameters()
     return model
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode, and then each in its own again."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _noise(network: nn.Module, image_size: int) -> Tensor:

@@ -5,6 +5,19 @@ from typing import NamedTuple
 from torch import Tensor
 
 
+class Extraction(NamedTuple):
+    """What a network makes of B images ahead of its classifier."""
+
+    features: Tensor
+    """Penultimate features, B x width."""
+    scores: Tensor | None
+    """Class scores, B x K, of a network that keeps its head to itself; None where a classifier follows."""
+    stages: tuple[Tensor, ...]
+    """As in `Outputs`."""
+    preactivations: tuple[Tensor, ...]
+    """As in `Outputs`."""
+
+
 class Outputs(NamedTuple):
     """A network's answer for a batch of B images (V*B of V views).
 

@@ -104,7 +104,7 @@ def test_split_network_is_the_stock_network(name, size):
     stock.load_state_dict(model.stock_state_dict(), strict=True)
     images = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        features, logits, embedding = model(images)
+        features, logits, embedding, *_ = model(images)
         assert torch.equal(logits, stock(images))
         assert torch.equal(logits, model.classifier(features))
     assert features.shape == (2, model.feature_width)
@@ -252,7 +252,7 @@ def test_ends_of_every_kind(end, heads, width):
     images = torch.randn(3, 3, 16, 16)
     wanted = plain(images)
     wanted = wanted[0] if isinstance(wanted, tuple) else wanted
-    features, logits, _ = model(images)
+    features, logits, *_ = model(images)
     torch.testing.assert_close(logits, wanted)
     assert features.shape == (3, width)
     if heads:
@@ -302,7 +302,7 @@ def test_networks_that_classify_nothing(end, reason):
 
 def test_features_of_a_network_without_layers_to_watch():
     model = ImageClassifier(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), "pool", image_size=8)
-    features, logits, _ = model(torch.rand(2, 3, 8, 8))
+    features, logits, *_ = model(torch.rand(2, 3, 8, 8))
     assert (features.shape, logits.shape) == ((2, 0), (2, 3))
     assert (model.feature_width, model.classifier) == (0, None)
 

@@ -27,6 +27,7 @@ class ShuffleUnit(nn.Module):
         self.bn2 = nn.BatchNorm2d(hidden)
         self.conv3 = convolution(hidden, computed, 1, groups=GROUPS)
         self.bn3 = nn.BatchNorm2d(computed)
+        self.relu = nn.ReLU()  # a module, which shows the map before it
 
     def forward(self, images: Tensor) -> Tensor:
         residual = F.relu(self.bn1(self.conv1(images)))
@@ -35,8 +36,8 @@ class ShuffleUnit(nn.Module):
         residual = F.relu(self.bn2(self.conv2(residual)))
         residual = self.bn3(self.conv3(residual))
         if self.stride == 2:
-            return F.relu(torch.cat([residual, F.avg_pool2d(images, 3, stride=2, padding=1)], dim=1))
-        return F.relu(residual + images)
+            return self.relu(torch.cat([residual, F.avg_pool2d(images, 3, stride=2, padding=1)], dim=1))
+        return self.relu(residual + images)
 
 
 class ShuffleNetV1(nn.Module):
