@@ -8,11 +8,11 @@ from torch import nn
 
 from kdav_fast.config import Config, DataConfig, apply_overrides, flat, known_keys, parse_config
 from kdav_fast.errors import InputError
-from kdav_fast.inference.onnx_file import OnnxStudent, is_onnx, read_onnx
 from kdav_fast.runtime.memory_format import set_layout
 from kdav_fast.runtime.precision import autocast_dtype, check_image_dtype, has_bf16, resolve_precision
 from kdav_fast.runtime.processes import Cluster, start_cluster
 from kdav_fast.student.file import StudentCard, find_student_file, read_student
+from kdav_fast.student.onnx_file import OnnxStudent, is_onnx, read_onnx
 
 EFFECTIVE = frozenset(
     {"device", "train.batch_size", "train.precision"}
@@ -46,7 +46,7 @@ class Trained(NamedTuple):
     @property
     def note(self) -> str:
         """What a reader of its results must know: that its run was not at its end; empty if it was."""
-        return unfinished(self.card, self.file)
+        return self.card.unfinished(self.file)
 
 
 def open_trained(path: Path) -> Trained:
@@ -58,13 +58,6 @@ def open_trained(path: Path) -> Trained:
     if is_onnx(path):
         return Trained(*read_onnx(path), path)
     return Trained(*read_student(path), find_student_file(path))
-
-
-def unfinished(card: StudentCard, file: Path) -> str:
-    """`unfinished: step 8 of 24, epoch 1, FILE` for weights of a run that was not at its end; else empty."""
-    if card.steps is None or card.step >= card.steps:
-        return ""
-    return f"unfinished: step {card.step} of {card.steps}, epoch {card.epoch:g}, {file}"
 
 
 def inference_config(trained: Trained, overrides: list[str]) -> Config:

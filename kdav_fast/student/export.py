@@ -13,8 +13,6 @@ from torch import Tensor, nn
 
 from kdav_fast.checkpoint.manifest import FOLDER_NAME
 from kdav_fast.errors import InputError
-from kdav_fast.inference.onnx_file import REMEDY, is_onnx, onnx_metadata, read_onnx
-from kdav_fast.inference.trained import unfinished
 from kdav_fast.models import build_stock
 from kdav_fast.runtime.files import write_whole
 from kdav_fast.student.file import (
@@ -25,6 +23,7 @@ from kdav_fast.student.file import (
     read_student,
     student_bytes,
 )
+from kdav_fast.student.onnx_file import REMEDY, is_onnx, onnx_metadata, read_onnx
 from kdav_fast.student.student import Student
 
 Format = Literal["safetensors", "onnx"]
@@ -67,7 +66,7 @@ def export(source: Path, output: Path | None = None, format: Format | None = Non
     _check_output(output, file)
     student, card = read_student(source)
     write = _write_onnx if format == "onnx" else _write_safetensors
-    return Exported(output, write(student, card, output), unfinished(card, file))
+    return Exported(output, write(student, card, output), card.unfinished(file))
 
 
 def chosen_format(output: Path | None, format: Format | None) -> Format:

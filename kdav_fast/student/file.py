@@ -55,6 +55,12 @@ class StudentCard(Section):
     def normalization(self) -> Normalization:
         return Normalization(self.mean, self.std)
 
+    def unfinished(self, file: Path) -> str:
+        """`unfinished: step 8 of 24, epoch 1, FILE` for weights of a run that was not at its end; else empty."""
+        if self.steps is None or self.step >= self.steps:
+            return ""
+        return f"unfinished: step {self.step} of {self.steps}, epoch {self.epoch:g}, {file}"
+
 
 def write_student(path: Path, weights: dict[str, Tensor], card: StudentCard) -> None:
     """Write weights and card: the same bytes for the same content. A crash leaves the old file or the new one."""

@@ -1,21 +1,15 @@
 """Training metrics, summed on the device and read back once a logging interval."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kdav_fast.data.batch import Batch
 from kdav_fast.models.outputs import best_classes
 from kdav_fast.runtime.processes import Cluster
-
-if TYPE_CHECKING:
-    from kdav_fast.data.batch import Batch
-    from kdav_fast.student.trainee import Answer
 
 
 def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,15 +40,19 @@ class TrainMeter:
         if name == "data":
             self._waited += time.perf_counter() - started
 
-    def update(self, answer: Answer, batch: Batch) -> None:
-        """Add one batch; asks nothing of the device that it would have to be waited for."""
+    def update(self, logits: Tensor, batch: Batch, loss: Tensor, parts: dict[str, Tensor]) -> None:
+        """Add one batch; asks nothing of the device that it would have to be waited for.
+
+        Args:
+            logits: the student's, V*B x K.
+            batch: what is known of the images.
+            loss: scalar, a mean over valid rows.
+            parts: the same of the loss, by name.
+        """
         images = batch.valid.sum()
         # Of other views, turned images say, the student need know nothing.
-        logits = answer.logits[: len(batch.labels)]
-        top1, top5 = correct_counts(logits, batch.foremost, batch.valid)
-        values = {"loss": answer.total.detach()} | {
-            f"loss/{name}": part for name, part in answer.parts.items()
-        }
+        top1, top5 = correct_counts(logits[: len(batch.labels)], batch.foremost, batch.valid)
+        values = {"loss": loss.detach()} | {f"loss/{name}": part for name, part in parts.items()}
         sums = {name: value.double() * images for name, value in values.items()}
         sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}
         for name, value in sums.items():

@@ -115,7 +115,7 @@ def train(
         step += 1
         if taken:
             for micro in seen:
-                meter.update(micro.answer, micro.batch)
+                meter.update(micro.answer.logits, micro.batch, micro.answer.total, micro.answer.parts)
             if run.average is not None:
                 with engine.whole_weights():
                     run.average.update_parameters(run.student)

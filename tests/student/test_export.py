@@ -49,7 +49,7 @@ def saved(tmp_path):
             classes=CLASSES,
             mean=(0.5, 0.5, 0.5),
             std=(0.25, 0.25, 0.25),
-            embedding_width=11,
+            probabilistic=False,
             data=DataConfig(image_size=image_size),
             distiller="kdav",
             step=1,
@@ -95,7 +95,7 @@ def test_an_exported_file_carries_its_card(saved, tmp_path):
     export_safetensors(saved("cifar:resnet8", 0.5), output)
     student, card = read_student(output)
     assert student.head is None
-    assert (card.classes, card.mean, card.embedding_width) == (CLASSES, (0.5, 0.5, 0.5), None)
+    assert (card.classes, card.mean, card.probabilistic) == (CLASSES, (0.5, 0.5, 0.5), False)
 
 
 def test_onnx_answers_the_same_for_any_batch_size(saved, tmp_path):
@@ -249,29 +249,6 @@ def test_a_file_without_a_card_is_refused(tmp_path):
     path = tmp_path / "foreign.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="carries no 'kdav_fast' metadata"):
-        read_student(path)
-
-
-def test_a_head_that_does_not_fit_is_named(saved):
-    from kdav_fast.models import load_weights
-    from kdav_fast.student.file import read_card
-
-    path = saved("cifar:resnet8", 0.5)
-    weights, metadata = load_weights(path)
-    card = read_card(metadata)
-    write_student(path, weights, card.model_copy(update={"embedding_width": 12}))
-    with pytest.raises(InputError, match="the embedding head does not fit: .*projector.weight"):
-        read_student(path)
-
-
-def test_a_head_of_an_unknown_distiller_is_named(saved):
-    from kdav_fast.models import load_weights
-    from kdav_fast.student.file import read_card
-
-    path = saved("cifar:resnet8", 0.5)
-    weights, metadata = load_weights(path)
-    write_student(path, weights, read_card(metadata).model_copy(update={"distiller": "later"}))
-    with pytest.raises(InputError, match="of distiller 'later'; this version knows those of 'kdav', 'simkd'"):
         read_student(path)
 
 

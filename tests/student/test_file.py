@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -5,7 +7,15 @@ from safetensors.torch import save_file
 
 from kdav_fast.config import DataConfig
 from kdav_fast.errors import InputError
-from kdav_fast.student.file import StudentCard, read_card, read_file_card, read_stock_weights, write_student
+from kdav_fast.models import build_classifier
+from kdav_fast.student.file import (
+    StudentCard,
+    read_card,
+    read_file_card,
+    read_stock_weights,
+    read_student,
+    write_student,
+)
 
 CARD = StudentCard(
     name="cifar:resnet8",
@@ -13,7 +23,6 @@ CARD = StudentCard(
     classes=("Hähnchen", "b"),
     mean=(0.5, 0.5, 0.5),
     std=(0.1, 0.1, 0.1),
-    embedding_width=None,
     data=DataConfig(),
     distiller="none",
     step=3,
@@ -54,3 +63,28 @@ def test_a_damaged_card_is_told_in_one_short_line_with_the_file(tmp_path, text, 
     assert message.endswith("); export it again, or give another file")
     assert message.count(str(file)) == 1
     assert "http" not in message
+
+
+@pytest.mark.parametrize("read", [read_file_card, read_stock_weights, read_student])
+def test_a_head_that_is_not_folded_is_told_what_to_do(tmp_path, read):
+    """Version 0.1 kept heads apart: without them, its classifier answers nonsense."""
+    file = tmp_path / "student.safetensors"
+    save_file(
+        WEIGHTS, file, {"kdav_fast": json.dumps(CARD.model_dump(mode="json") | {"embedding_width": 12})}
+    )
+    with pytest.raises(InputError) as error:
+        read(file)
+    assert str(error.value) == (
+        f"{file} holds a student whose embedding head is not folded into its classifier, as version 0.1 kept it; "
+        "export it with that version ('kdav export'), and give the exported file"
+    )
+
+
+def test_a_student_of_a_method_that_is_not_known_here_is_read(tmp_path):
+    file = tmp_path / "student.safetensors"
+    network = build_classifier(CARD.name, 2)
+    write_student(file, network.stock_state_dict(), CARD.model_copy(update={"distiller": "later"}))
+    student, card = read_student(file)
+    assert card.distiller == "later"
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(student(images).logits, network.eval()(images).logits)

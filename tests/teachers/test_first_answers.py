@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdav_fast.distillers import Target
+from kdav_fast.data.batch import Batch
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.processes import start_cluster
@@ -27,17 +27,22 @@ class Scaled(nn.Module):
         return Outputs(features, self.layer(features))
 
 
+def batch_of(images, labels, valid=None, mixed=None):
+    labels = torch.tensor(labels)
+    valid = torch.ones(len(labels), dtype=torch.bool) if valid is None else torch.tensor(valid)
+    return Batch(images, labels, valid, torch.arange(len(labels)), mixed)
+
+
 @pytest.fixture
 def look(capsys):
     """What is said of some batches of answers."""
 
     def see(*batches, valid=None):
-        first = FirstAnswers(None, "weights.pt", start_cluster("cpu"))
-        first._teacher = FrozenTeacher(Scaled(1.0), nn.Identity(), torch.device("cpu"), None)
+        teacher = FrozenTeacher(Scaled(1.0), nn.Identity(), torch.device("cpu"), None)
+        first = FirstAnswers(teacher, "weights.pt", start_cluster("cpu"))
         for features, logits, labels in batches:
-            kept = torch.ones(len(labels), dtype=torch.bool) if valid is None else torch.tensor(valid)
-            target = Target(torch.tensor(labels), kept)
-            first.see(torch.zeros(len(labels), 1, 2, 2), Outputs(features, logits), target)
+            images = torch.zeros(len(labels), 1, 2, 2)
+            first.see(batch_of(images, labels, valid), Outputs(features, logits))
         first.tell()
         first.tell()
         return capsys.readouterr().out
@@ -83,14 +88,14 @@ def test_only_the_first_batch_is_judged(look):
 
 
 def test_an_overflow_of_float16_is_told_from_bad_weights():
-    images, target = torch.ones(2, 1, 2, 2), Target(torch.tensor([0, 1]), torch.tensor([True, True]))
+    batch = batch_of(torch.ones(2, 1, 2, 2), [0, 1])
     for by, remedy in (
         (1e5, r"not finite in fp16, but they are in fp32; set teacher\.precision="),
         (NAN, "; mend"),
     ):
         teacher = FrozenTeacher(Scaled(by), nn.Identity(), torch.device("cpu"), torch.float16)
         with pytest.raises(InputError, match=f"logits of 2 of the first 2 images.*{remedy}"):
-            FirstAnswers(teacher, "weights.pt", start_cluster("cpu")).see(images, teacher(images), target)
+            FirstAnswers(teacher, "weights.pt", start_cluster("cpu")).see(batch, teacher(batch))
 
 
 def test_a_teacher_that_guesses_is_told_once(look):
@@ -107,8 +112,8 @@ def test_of_mixed_images_the_class_of_the_largest_share_counts(capsys):
     features, logits, labels = answers(40, right=False)  # what each image was mixed with, and is more of
     shares = 0.3 * torch.eye(10)[labels] + 0.7 * logits
     first = FirstAnswers(None, "weights.pt", start_cluster("cpu"))
-    target = Target(torch.tensor(labels), torch.ones(40, dtype=torch.bool), shares)
-    first.see(torch.zeros(40, 1, 2, 2), Outputs(features, logits), target)
+    batch = batch_of(torch.zeros(40, 1, 2, 2), labels, mixed=shares)
+    first.see(batch, Outputs(features, logits))
     first.tell()
     assert capsys.readouterr().out == ""
 

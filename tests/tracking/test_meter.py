@@ -5,7 +5,6 @@ import torch
 
 from kdav_fast.data.batch import Batch
 from kdav_fast.runtime.processes import Cluster
-from kdav_fast.student.trainee import Answer
 from kdav_fast.tracking.meter import TrainMeter
 
 ALONE = Cluster(0, 1, 0, 1, torch.device("cpu"))
@@ -19,14 +18,10 @@ def batch_of(labels, valid=None, mixed=None, views=1):
     )
 
 
-def answer_of(logits, total=0.0, **parts):
-    return Answer(torch.tensor(total), {name: torch.tensor(part) for name, part in parts.items()}, logits)
-
-
 def test_a_mixed_image_counts_for_the_class_of_the_largest_share():
     meter = TrainMeter(ALONE)
     shares = torch.tensor([[0.3, 0.7], [0.6, 0.4]])
-    meter.update(answer_of(shares), batch_of([0, 0], mixed=shares))
+    meter.update(shares, batch_of([0, 0], mixed=shares), torch.tensor(0.0), {})
     assert meter.read()["train/top1"] == 100
 
 
@@ -35,8 +30,8 @@ def test_means_over_valid_images():
     scores = torch.arange(7.0)
     logits = torch.stack([-scores, scores, scores])  # class 0 leads the first row, class 6 the others
     batch = batch_of([0, 1, 2], [True, True, False])
-    meter.update(answer_of(logits, 2.0, part=1.0), batch)
-    meter.update(answer_of(-scores[None], 5.0, part=4.0), batch_of([3]))
+    meter.update(logits, batch, torch.tensor(2.0), {"part": torch.tensor(1.0)})
+    meter.update(-scores[None], batch_of([3]), torch.tensor(5.0), {"part": torch.tensor(4.0)})
     values = meter.read()
     assert values["train/loss"] == pytest.approx((2 * 2 + 5) / 3)
     assert values["train/loss/part"] == pytest.approx((2 * 1 + 4) / 3)
@@ -46,16 +41,17 @@ def test_means_over_valid_images():
     assert 0 <= values["data_wait_share"] <= 1
 
 
-def test_of_several_views_the_first_counts_and_an_image_once():
+def test_the_first_view_of_an_image_counts_and_padding_does_not():
+    """Of other views, turned images say, the student need know nothing."""
     meter = TrainMeter(ALONE)
-    right, wrong = torch.eye(7)[0], -torch.arange(7.0).flip(0)
-    logits = torch.stack([right, wrong, right, right, right, right])  # two views of three images
-    meter.update(answer_of(logits), batch_of([0, 0, 0], [True, True, False], views=2))
+    right, wrong = torch.eye(7)[0], torch.eye(7)[3]
+    logits = torch.stack([right, wrong, right, wrong, wrong, wrong])  # two views of three images
+    meter.update(logits, batch_of([0, 0, 0], [True, True, False], views=2), torch.tensor(1.0), {})
     assert meter.read()["train/top1"] == 50
 
 
 def test_what_is_named_like_another_metric_is_a_part_of_the_loss():
     meter = TrainMeter(ALONE)
-    meter.update(answer_of(torch.eye(2), 1.0, top1=3.0), batch_of([0, 1]))
+    meter.update(torch.eye(2), batch_of([0, 1]), torch.tensor(1.0), {"top1": torch.tensor(3.0)})
     values = meter.read()
     assert (values["train/top1"], values["train/loss/top1"]) == (100, 3)

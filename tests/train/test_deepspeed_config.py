@@ -295,11 +295,12 @@ def test_examples_are_in_force_and_change_no_result(small_config, tmp_path, exam
         run_training(config)
         students.append((config.run_dir / "student.safetensors").read_bytes())
     assert students[0] == students[1]
-    parts = set_up(config, start_cluster("cpu"))
-    in_force = parts.engine.config["zero_optimization"]
+    run = set_up(config, start_cluster("cpu"))
+    run.start_engine()
+    in_force = run.engine.config["zero_optimization"]
     for key, value in json.loads(example.read_text())["zero_optimization"].items():
         assert in_force[key] == value
-        assert getattr(parts.engine._engine._config.zero_config, key) == value
+        assert getattr(run.engine._engine._config.zero_config, key) == value
 
 
 def test_what_is_for_deepspeed_s_log_shows_there(small_config, tmp_path, caplog, capfd):

@@ -13,6 +13,7 @@ from torch._subclasses import FakeTensorMode
 from kdav_fast.config import OptimizerConfig, load_config
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.apex import APEX_CLASSES
+from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.optimizer import build_optimizer
 
 ADAM = {"lr": 1e-3, "bias_correction": True, "betas": (0.9, 0.999), "amsgrad": False, "set_grad_none": True}
@@ -115,12 +116,17 @@ def network_on_gpu():
         return network("cuda")
 
 
+def trained(module):
+    """`module` as what a run trains, nothing learned beside it."""
+    return Trainee(module, {}, loss=None, device=torch.device("cpu"), dtype=None)
+
+
 @pytest.mark.parametrize("name", ["sgd", "adamw", *APEX_CLASSES])
 @pytest.mark.parametrize("everything", [True, False])
 def test_weight_decay_reaches_what_the_config_says(name, everything, apex):
     module = network_on_gpu() if name in APEX_CLASSES else network()
     config = OptimizerConfig(name=name, weight_decay=0.5, decay_norm_and_bias=everything)
-    groups = build_optimizer(config, module).param_groups
+    groups = build_optimizer(config, trained(module)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     weight, bias = module[0].weight, module[0].bias
     assert len(decay) == 4  # the frozen layer is left out
@@ -131,19 +137,21 @@ def test_weight_decay_reaches_what_the_config_says(name, everything, apex):
 @pytest.mark.parametrize("name", APEX_CLASSES)
 def test_what_apex_is_told(name, apex):
     config = OptimizerConfig(name=name, lr=0.3, momentum=0.8, nesterov=name == "apex_sgd")
-    optimizer = build_optimizer(config, network_on_gpu())
+    optimizer = build_optimizer(config, trained(network_on_gpu()))
     assert isinstance(optimizer, getattr(apex, APEX_CLASSES[name]))
     assert {**optimizer.arguments, "lr": 0.3, **EFFECTIVE[name]} == optimizer.arguments
 
 
 def test_lamb_without_decay_keeps_its_trust_ratio(apex):
-    optimizer = build_optimizer(OptimizerConfig(name="apex_lamb", weight_decay=0.0), network_on_gpu())
+    optimizer = build_optimizer(
+        OptimizerConfig(name="apex_lamb", weight_decay=0.0), trained(network_on_gpu())
+    )
     assert optimizer.arguments["use_nvlamb"]
 
 
 def refusal(name, module):
     with pytest.raises(InputError) as error:
-        build_optimizer(OptimizerConfig(name=name), module)
+        build_optimizer(OptimizerConfig(name=name), trained(module))
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -219,14 +227,14 @@ def test_nesterov_without_effect_is_refused(name, momentum):
 
 
 def test_nesterov_reaches_sgd():
-    [group] = build_optimizer(OptimizerConfig(nesterov=True), network()).param_groups
+    [group] = build_optimizer(OptimizerConfig(nesterov=True), trained(network())).param_groups
     assert group["nesterov"]
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_torch_is_fused_on_a_gpu(name):
-    assert build_optimizer(OptimizerConfig(name=name), network("cuda")).defaults["fused"]
+    assert build_optimizer(OptimizerConfig(name=name), trained(network("cuda"))).defaults["fused"]
 
 
 class PaperOptimizer:
@@ -277,10 +285,10 @@ def test_apex_takes_the_steps_of_torch_and_the_papers(name, nesterov):
     exact = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 4, 1)).double()
     module = copy.deepcopy(exact).float().to("cuda", memory_format=torch.channels_last)
     config = OptimizerConfig(name=name, lr=0.01, weight_decay=0.1, nesterov=nesterov)
-    optimizer = build_optimizer(config, module)
+    optimizer = build_optimizer(config, trained(module))
     torch_name = {"apex_sgd": "sgd", "apex_adam": "adamw"}.get(name)
     if torch_name:
-        expected = build_optimizer(config.model_copy(update={"name": torch_name}), exact)
+        expected = build_optimizer(config.model_copy(update={"name": torch_name}), trained(exact))
     else:
         expected = PaperOptimizer(config, exact)
     for scale in (1, 10, 100):

@@ -283,6 +283,7 @@ def test_elsewhere_than_on_a_cpu_torch_synchronises(layer, monkeypatch):
 def test_a_student_keeps_its_modules_and_its_state():
     network = build_classifier("timm:mobilenetv3_small_050", 3)
     head = EmbeddingHead(network.feature_width, 5, 3)
+    head.observe(torch.randn(6, 5), torch.arange(6) % 3)  # to be folded, it must have seen something
     student = Student(network, head)
     before = copy.deepcopy(student)
     objects = [

@@ -21,7 +21,6 @@ def card(**changes) -> StudentCard:
         "classes": tuple("0123456789"),
         "mean": (0.5, 0.5, 0.5),
         "std": (0.25, 0.25, 0.25),
-        "embedding_width": None,
         "data": DataConfig(image_size=8, crop="none"),
         "distiller": "none",
         "step": 4,

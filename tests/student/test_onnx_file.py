@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 
 from kdav_fast.errors import InputError
 from kdav_fast.inference.evaluate import evaluate_file
-from kdav_fast.inference.onnx_file import is_onnx, onnx_metadata, read_onnx
 from kdav_fast.inference.trained import inference_config, open_trained, start_inference
+from kdav_fast.student.onnx_file import is_onnx, onnx_metadata, read_onnx
 
 pytest.importorskip("onnxruntime")
-from tests.inference.small_onnx import card, truth, write_onnx
+from tests.student.small_onnx import card, truth, write_onnx
 
 
 @pytest.mark.parametrize("batch", [1, 4, "n"])
