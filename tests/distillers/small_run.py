@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from kdav_fast.config import MethodConfig
-from kdav_fast.config.method import method_config, method_section
+from kdav_fast.config.method import method_config, method_names, method_section
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers import build_distiller
 from kdav_fast.distillers.base import Facts, Progress, Shapes
@@ -18,6 +18,7 @@ from kdav_fast.distillers.phases import Measure
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import FoldableHead
 from kdav_fast.student.trainee import Answer, Trainee
+from tests.distillers import added_methods
 
 CLASSES, IMAGES, BATCH = 5, 40, 8
 STUDENT = Shapes("student", 6, ((4, 8, 8), (6, 4, 4)))
@@ -46,6 +47,12 @@ def sections(name: str) -> dict[str, MethodConfig]:
             except ValidationError:
                 continue  # it goes with another key alone
     return made
+
+
+def all_cases() -> dict[str, MethodConfig]:
+    """The sections of every method there is, and of those that come with the tests, by method and what is changed."""
+    with added_methods.added():
+        return {f"{name}-{change}": one for name in method_names() for change, one in sections(name).items()}
 
 
 def small_facts(
