@@ -237,7 +237,8 @@ class _Restoration:
         return Position(None, PhasePosition(number, self._manifest["batches"], restored=restored))
 
     def _restore_distiller(self) -> None:
-        self._run.distiller.load_state_dict(self._tensors(_DISTILLER))
+        # By way of the host: what is kept there may not fit the device, and loading copies into place.
+        self._run.distiller.load_state_dict(self._tensors(_DISTILLER, "cpu"))
 
     def _rank_state(self, rank: int) -> dict[str, Any]:
         return json.loads(self._file(_rank_file(rank)).read_text(encoding="utf-8"))

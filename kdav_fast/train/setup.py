@@ -30,8 +30,6 @@ from kdav_fast.train.same_everywhere import require_same_network, same_images
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.trial import try_training_step
 
-SHUFFLED = Shuffled()
-
 
 class RunData(NamedTuple):
     """What a run is trained and evaluated on, looked at."""
@@ -149,7 +147,7 @@ def find_data(config: Config, cluster: Cluster) -> RunData:
 
 
 def build_run_loaders(
-    config: Config, splits: Splits, cluster: Cluster, normalization: Normalization, order: Order = SHUFFLED
+    config: Config, splits: Splits, cluster: Cluster, normalization: Normalization, order: Order = Shuffled()
 ) -> Loaders:
     """This rank's loaders; raises `InputError` for a way of loading that cannot be had."""
     size = micro_batch_size(config.train, cluster.world)
