@@ -38,14 +38,16 @@ class Student(nn.Module):
             network.classifier.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Outputs:
-        """B x 3 x S x S images to float32 outputs, under whatever autocast the networks run in."""
+        """B x 3 x S x S images to outputs: float32 but for feature maps, under whatever autocast networks run in."""
         if self.head is None:
             outputs = self.network(images)
-            return Outputs(outputs.features.float(), outputs.logits.float())
-        features = self.network.backbone(images).float()
+            return outputs._replace(features=outputs.features.float(), logits=outputs.logits.float())
+        features, _, stages, preactivations = self.network.extract(images)
+        features = features.float()
         with torch.autocast(images.device.type, enabled=False):
             embedding = self.head(features)
-            return Outputs(features, self.head.classify(embedding.detach()), embedding)
+            logits = self.head.classify(embedding.detach())
+        return Outputs(features, logits, embedding, stages, preactivations)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:
