@@ -40,8 +40,9 @@ class StudentCard(Section):
     data: DataConfig
     """The data it was trained with; evaluation uses its root and sizes unless told otherwise."""
     distiller: str
-    probabilistic: bool = True
-    """Whether a softmax of the class scores is a distribution: not where they are cosines."""
+    probabilistic: bool = False
+    """Whether a softmax of the class scores is a distribution: not where they are cosines, as they may be in files that
+    do not tell."""
     step: int
     epoch: float
     steps: Count | None = None

@@ -116,7 +116,7 @@ def test_scores_that_are_not_finite_are_no_answer(teacher_run, pictures, tmp_pat
 def test_kdavs_scores_are_not_sold_as_probabilities(teacher_run, pictures, tmp_path, capsys):
     student, card = read_student(teacher_run)
     path = tmp_path / "kdav.safetensors"
-    write_student(path, student.weights(), card.model_copy(update={"distiller": "kdav"}))
+    write_student(path, student.weights(), card.model_copy(update={"probabilistic": False}))
     _, output, _ = run(capsys, path, pictures / "wide.jpg", "device=cpu")
     assert "(score " in output
     assert "%" not in output

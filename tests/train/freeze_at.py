@@ -7,15 +7,16 @@ from typing import Any
 from kdav_fast.checkpoint import folders as checkpoint_folders
 from kdav_fast.cli import main
 from kdav_fast.train import loop, setup
-from kdav_fast.train.engine import StudentEngine
+from kdav_fast.train.checkpoints import Checkpoints
+from kdav_fast.train.engine import Engine
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "looking at the images": (setup, "same_images"),
     "building loaders": (setup, "build_loaders"),
-    "starting DeepSpeed": (StudentEngine, "_initialize"),
-    "restoring": (loop, "restore_checkpoint"),
-    "measuring": (loop, "measure_teacher"),
-    "gathering weights": (loop, "begin_checkpoint"),
+    "starting DeepSpeed": (Engine, "_initialize"),
+    "restoring": (Checkpoints, "restore"),
+    "measuring": (loop, "run_phases"),
+    "gathering weights": (Checkpoints, "save"),
     "writing its files": (checkpoint_folders, "_write_all"),
     "evaluating": (loop, "evaluate_student"),
     "writing results": (loop, "write_results"),

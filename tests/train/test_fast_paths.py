@@ -9,12 +9,13 @@ from torch._dynamo.utils import counters
 
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.runtime.stopping import StopRequest
-from kdav_fast.train.loop import measure_teacher
+from kdav_fast.train.phases import PhasePosition, run_phases
 from kdav_fast.train.setup import set_up
-from kdav_fast.train.step import PHASES, take_step
+from kdav_fast.train.step import PARTS, take_step
 
-STEPS, LR = 6, 0.01  # gentle steps: training magnifies roundings at larger ones
+STEPS = 6
+GENTLE = {"optimizer": {"lr": 0.01}, "schedule": {"name": "constant"}}
+"""Training magnifies roundings at a larger learning rate."""
 
 
 @pytest.fixture
@@ -25,18 +26,17 @@ def losses_of(small_config, teacher_run, tmp_path):
     def losses(name="kdav", teacher=None, **sections):
         distiller = {"name": name, **({"memory_length": 100} if name == "kdav" else {})}
         section = {"name": "cifar:resnet8", "checkpoint": str(teacher_run), **(teacher or {})}
-        cluster = start_cluster("cpu")
-        parts = set_up(small_config(next(folders), distiller=distiller, teacher=section, **sections), cluster)
-        with StopRequest(cluster) as stop:
-            if parts.distiller.needs_measuring:
-                measure_teacher(parts, stop)
-        parts.student.train()
-        batches = itertools.cycle(list(parts.loaders.train))
+        config = small_config(next(folders), distiller=distiller, teacher=section, **GENTLE, **sections)
+        run = set_up(config, start_cluster("cpu"))
+        assert run_phases(run, PhasePosition(), lambda position, save_due, values: False)
+        run.start_engine()
+        run.trainee.train()
+        batches = itertools.cycle(list(run.loaders.train))
         seen = []
-        for _ in range(STEPS):
-            taken, (micro_batch,) = take_step(parts, batches, LR)
+        for step in range(STEPS):
+            taken, (micro_batch,) = take_step(run, batches, step)
             assert taken
-            seen.append(micro_batch.losses.total.item())
+            seen.append(micro_batch.answer.total.item())
         return torch.tensor(seen)
 
     return losses
@@ -94,19 +94,20 @@ def test_compiled_networks(losses_of, name):
         assert counters["stats"]["unique_graphs"] > 0
 
 
-def test_the_phases_of_a_step_are_entered_in_order(small_config, teacher_run, tmp_path):
+def test_the_parts_of_a_step_are_entered_in_order(small_config, teacher_run, tmp_path):
     entered = []
 
     @contextmanager
-    def phase(name):
+    def clock(name):
         entered.append(name)
         yield
 
     teacher = {"name": "cifar:resnet8", "checkpoint": str(teacher_run)}
     train = {"accumulate": 2, "epochs": 1}
-    parts = set_up(
+    run = set_up(
         small_config(tmp_path / "run", distiller={"name": "kd"}, teacher=teacher, train=train),
         start_cluster("cpu"),
     )
-    take_step(parts, iter(parts.loaders.train), LR, phase)
-    assert entered == [*PHASES[:-1], *PHASES[:-1], "optimizer"]
+    run.start_engine()
+    take_step(run, iter(run.loaders.train), 0, clock)
+    assert entered == [*PARTS[:-1], *PARTS[:-1], "optimizer"]

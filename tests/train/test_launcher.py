@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from kdav_fast import EmbeddingHead
 from kdav_fast.config import dump_config
 from kdav_fast.data import build_loaders, open_images
 from kdav_fast.distillers.memories.ring import TeacherMemory
@@ -23,6 +24,7 @@ from tests.train import processes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PROGRAM = "launch/distill.py"
+LAST = "checkpoints/step-00000010"
 CPU = torch.device("cpu")
 
 
@@ -84,10 +86,15 @@ def rank_loaders(config, rank, world=2):
     )
 
 
+def buffers_of(checkpoint, rank=0):
+    """What a rank has measured: of the trained head its centre, among others."""
+    return load_file(checkpoint / f"buffers-0000{rank}.safetensors")
+
+
 def memory_of(config, checkpoint):
     """The teacher's memory in a checkpoint folder."""
     state = load_file(checkpoint / "distiller.safetensors")
-    width = len(read_student(config.run_dir)[0].head.center)
+    width = len(buffers_of(checkpoint)["student.head.center"])
     memory = TeacherMemory(config.distiller.memory_length, width, classes=10)
     memory.load_state_dict({name.removeprefix("memory."): tensor for name, tensor in state.items()})
     return memory
@@ -95,8 +102,8 @@ def memory_of(config, checkpoint):
 
 def test_the_memory_holds_both_ranks_rows_in_rank_order(two_process_run, teacher_run):
     config, _ = two_process_run
-    memory = memory_of(config, config.run_dir / "checkpoints" / "step-00000010")
-    student, _ = read_student(config.run_dir)
+    checkpoint = config.run_dir / LAST
+    memory, center = memory_of(config, checkpoint), buffers_of(checkpoint)["student.head.center"]
     teacher, _ = read_student(teacher_run)
     loaders = [rank_loaders(config, rank).train for rank in range(2)]
     expected = []
@@ -104,7 +111,7 @@ def test_the_memory_holds_both_ranks_rows_in_rank_order(two_process_run, teacher
         for _ in range(2):
             for pair in zip(*loaders, strict=True):
                 for batch in pair:
-                    features = teacher(batch.images).features[batch.valid] - student.head.center
+                    features = teacher(batch.images).features[batch.valid] - center
                     expected.append(F.normalize(features, dim=1))
     expected = torch.cat(expected)
     assert len(expected) == 300  # two epochs of 150 images, padding left out
@@ -114,32 +121,38 @@ def test_the_memory_holds_both_ranks_rows_in_rank_order(two_process_run, teacher
 
 def test_the_centre_is_the_mean_over_both_ranks(two_process_run, teacher_run):
     config, _ = two_process_run
-    student, _ = read_student(config.run_dir)
     teacher, _ = read_student(teacher_run)
     with torch.no_grad():
         features = [teacher(b.images).features[b.valid] for b in rank_loaders(config, 0, world=1).measure()]
-    torch.testing.assert_close(student.head.center, torch.cat(features).mean(0), rtol=1e-4, atol=1e-5)
+    mean = torch.cat(features).mean(0)
+    for rank in range(2):
+        center = buffers_of(config.run_dir / LAST, rank)["student.head.center"]
+        torch.testing.assert_close(center, mean, rtol=1e-4, atol=1e-5)
 
 
 def test_what_is_saved_has_the_mean_of_both_ranks_batchnorm_statistics(two_process_run):
     config, _ = two_process_run
-    checkpoint = config.run_dir / "checkpoints" / "step-00000010"
-    ranks = [load_file(checkpoint / f"buffers-0000{rank}.safetensors") for rank in range(2)]
+    checkpoint = config.run_dir / LAST
+    ranks = [buffers_of(checkpoint, rank) for rank in range(2)]
     student = load_file(checkpoint / "student.safetensors")
     compared = 0
     for name, saved in student.items():
         if name.endswith(("running_mean", "running_var")):
-            head = name.startswith("embedding_head.")
-            key = (
-                name.replace("embedding_head.", "student.head.")
-                if head
-                else f"student.network.backbone.{name}"
-            )
-            own = [rank[key] for rank in ranks]
+            own = [rank[f"student.network.backbone.{name}"] for rank in ranks]
             assert not torch.equal(*own)
             torch.testing.assert_close(saved, (own[0] + own[1]) / 2, rtol=1e-6, atol=1e-7)
             compared += 1
-    assert compared == 20  # ResNet-8's nine layers and the head's
+    assert compared == 18  # ResNet-8's nine layers
+    # The head's layer is in the classifier that it folds into.
+    pieces = [load_file(checkpoint / f"pieces-0000{rank}.safetensors") for rank in range(2)]
+    weights = pieces[0] | pieces[1]
+    head = EmbeddingHead(16, 64, 10)
+    for name, tensor in head.state_dict().items():
+        trained = weights.get(f"weight:student.head.{name}:0")
+        own = [rank.get(f"student.head.{name}") for rank in ranks]
+        tensor.copy_((own[0] + own[1]) / 2 if trained is None else trained.view_as(tensor))
+    assert not torch.equal(*(rank["student.head.norm.running_var"] for rank in ranks))
+    torch.testing.assert_close(student["fc.weight"], head.fold().weight, rtol=1e-6, atol=1e-7)
 
 
 def test_one_process_writes_and_evaluates_all_images(two_process_run):
@@ -176,8 +189,7 @@ def test_one_process_continues_what_two_began_only_if_told_to(two_process_run, t
     data = config.data.model_copy(update={"on_reshard": "restart_epoch"})
     accuracy = run_training(alone.model_copy(update={"data": data}))
     assert accuracy.images == 900
-    last = "checkpoints/step-00000010"
-    ours, theirs = (memory_of(config, folder / last) for folder in (run_dir, config.run_dir))
+    ours, theirs = (memory_of(config, folder / LAST) for folder in (run_dir, config.run_dir))
     assert ours.cursor == 300
     # The second epoch takes the same images in the same steps as it did with two processes.
     for ours_of_step, theirs_of_step in zip(
