@@ -37,6 +37,19 @@ TIMM = [
     ("convmixer_768_32", 28),
 ]
 
+# More of timm: convolutions of every kind, hierarchies of them and of attention, plain transformers.
+MORE = [
+    "cait_xxs24_224", "convit_tiny", "cs3darknet_s", "cspresnet50", "csatv2", "darknet53", "davit_tiny",
+    "dla34", "dpn68", "ecaresnet26t", "edgenext_xx_small", "efficientvit_b0", "efficientvit_m0",
+    "eva02_tiny_patch14_224", "fasternet_t0", "fbnetc_100", "focalnet_tiny_srf", "gernet_s",
+    "gmlp_s16_224", "hgnet_tiny", "mambaout_femto", "mobilenetv4_conv_small", "mobileone_s0",
+    "mobilevit_xxs", "mvitv2_tiny", "nest_tiny", "nextvit_small", "pit_ti_224", "poolformer_s12",
+    "pvt_v2_b0", "rdnet_tiny", "repghostnet_050", "res2net50_14w_8s", "resmlp_12_224", "resnest14d",
+    "resnext26ts", "selecsls42", "seresnet18", "shvit_s1", "skresnet18", "starnet_s1", "test_vit3",
+    "tf_efficientnet_lite0", "tiny_vit_5m_224", "vgg11_bn", "visformer_tiny", "vit_tiny_r_s16_p8_224",
+    "volo_d1_224", "vovnet39a", "xcit_nano_12_p16_224",
+]  # fmt: skip
+
 # Of torchvision: the nodes of its traced graph that are the maps, and those that are the maps before activation; or
 # "=" where there is none, or, of the layers that the graph shows whole, the path of the activation.
 TORCHVISION = {
@@ -144,7 +157,9 @@ def test_maps_of_the_small_networks(name):
     assert outputs.preactivations == ()
 
 
-@pytest.mark.parametrize(("name", "size"), TIMM)
+@pytest.mark.parametrize(
+    ("name", "size"), [*TIMM, *(pytest.param(name, 64, marks=pytest.mark.slow) for name in MORE)]
+)
 def test_maps_of_timm(name, size):
     """timm's own: the last of each resolution, or of one resolution four of them."""
     classifier, stock, images = staged(f"timm:{name}", size)
