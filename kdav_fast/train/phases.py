@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kdav_fast.data import Batch, Loader
 from kdav_fast.distillers.phases import Fit, Measure
+from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.train.run import Run
@@ -32,6 +33,12 @@ class PhasePosition:
     """Of a `Measure`: this rank's, so far."""
     restored: "Restored | None" = None
     """What a phase that was interrupted goes on with."""
+
+    def begin(self, number: int) -> None:
+        """Stand at the beginning of a phase."""
+        self.number, self.step = number, 0
+        self.loader = self.optimizer = self.restored = None
+        self.sums = ()
 
 
 class Restored(NamedTuple):
@@ -62,8 +69,7 @@ def run_phases(run: Run, position: PhasePosition, after_batch: AfterBatch) -> bo
         go_through = _measure if isinstance(phase, Measure) else _fit
         if not go_through(run, phase, position, after_batch):
             return False
-        number = position.number + 1
-        position.__init__(number)
+        position.begin(position.number + 1)
     if phases and run.first_answers is not None:
         run.first_answers.tell()
     return True
@@ -107,10 +113,24 @@ def _fit(run: Run, phase: Fit, position: PhasePosition, after_batch: AfterBatch)
             values = {}
             if position.step % run.config.train.log_every == 0 or position.step == total:
                 mean = run.cluster.sum(loss.double()).item() / run.cluster.world
+                _tell(run, bar, phase.name, position.step, mean)
                 values = {f"before/{phase.name}/loss": mean, f"before/{phase.name}/lr": lr}
             if after_batch(position, _save_due(run, position.step, per_epoch), values):
                 return False
+    run.trainee.zero_grad()  # the loss may have reached modules that are not trained here
     return True
+
+
+def _tell(run: Run, bar: ProgressBar, name: str, step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise InputError(
+            f"distiller.name '{run.config.distiller.name}': the loss of {name} is {loss} before distillation; look "
+            "at the teacher's weights, or use train.precision=fp32 in another run_dir"
+        )
+    if bar.disable:
+        run.cluster.say(f"{name}: batch {step}/{bar.total}  loss {loss:.4g}")
+    else:
+        bar.show_figures([f"loss {loss:.4g}"])
 
 
 def _fit_batch(run: Run, phase: Fit, batch: Batch, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
