@@ -37,6 +37,19 @@ TIMM = [
     ("convmixer_768_32", 28),
 ]
 
+LARGE = {
+    "convmixer_768_32",
+    "convnext_tiny",
+    "densenet121",
+    "googlenet",
+    "inception_v3",
+    "regnet_x_400mf",
+    "resnet50",
+    "twins_svt_small",
+    "vit_small_patch16_dinov3",
+    "xception41",
+}
+
 # More of timm: convolutions of every kind, hierarchies of them and of attention, plain transformers.
 MORE = [
     "cait_xxs24_224", "convit_tiny", "cs3darknet_s", "cspresnet50", "csatv2", "darknet53", "davit_tiny",
@@ -157,8 +170,14 @@ def test_maps_of_the_small_networks(name):
     assert outputs.preactivations == ()
 
 
+def fast_or_slow(case):
+    """Large networks are for the slow suite, unless no other is built as they are."""
+    return pytest.param(*case, marks=pytest.mark.slow) if case[0] in LARGE else case
+
+
 @pytest.mark.parametrize(
-    ("name", "size"), [*TIMM, *(pytest.param(name, 64, marks=pytest.mark.slow) for name in MORE)]
+    ("name", "size"),
+    [*map(fast_or_slow, TIMM), *(pytest.param(name, 64, marks=pytest.mark.slow) for name in MORE)],
 )
 def test_maps_of_timm(name, size):
     """timm's own: the last of each resolution, or of one resolution four of them."""
@@ -175,7 +194,7 @@ def test_maps_of_timm(name, size):
     assert_maps(outputs.stages, wanted)
 
 
-@pytest.mark.parametrize(("name", "size"), TORCHVISION)
+@pytest.mark.parametrize(("name", "size"), map(fast_or_slow, TORCHVISION))
 def test_maps_of_torchvision(name, size):
     classifier, stock, images = staged(f"torchvision:{name}", size, preactivations=True)
     with torch.no_grad():
