@@ -5,6 +5,7 @@ from abc import abstractmethod
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from kdav_fast.errors import InputError
 from kdav_fast.kernels.caller import product
@@ -65,9 +66,9 @@ class FoldableHead(nn.Module):
         scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
         bias = bias + weight @ (norm.bias.double() - norm.running_mean.double() * scale)
         weight = (weight * scale) @ self.projector.weight.double()
-        folded = nn.Linear(
-            weight.shape[1], weight.shape[0], device=weight.device, dtype=self.projector.weight.dtype
-        )
+        # Without initial weights: drawing them would change the random numbers of a run that saves its student.
+        dtype = self.projector.weight.dtype
+        folded = skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=dtype)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
         return folded

@@ -52,6 +52,13 @@ def test_class_probabilities_weight_the_means():
     torch.testing.assert_close(head.prototypes(), expected)
 
 
+def test_folding_draws_no_random_numbers(head):
+    """A run folds the head whenever it saves; what it draws later must not depend on that."""
+    before = torch.get_rng_state()
+    head.fold()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_head_that_observed_nothing_folds_into_nothing():
     with pytest.raises(InputError, match=r"no teacher embedding was observed.*call observe\("):
         EmbeddingHead(6, 9, 4).fold()
