@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdav_fast.cli import main
-from kdav_fast.distillers.kdav import KDAVDistiller
 from kdav_fast.runtime.stopping import STOPPED
+from kdav_fast.student.heads import EmbeddingHead
 from kdav_fast.tracking.metrics_log import MetricsLog
-from kdav_fast.train import loop
-from kdav_fast.train.engine import StudentEngine
+from kdav_fast.train import loop, results
+from kdav_fast.train.engine import Engine
 
 GRACE = 1.0
 """Seconds that the others have to end by themselves after a rank has died, as a launcher gives them."""
@@ -121,11 +121,11 @@ def watch_moments(pass_moment: Callable[[str, Callable[[], None]], None]) -> Non
         setattr(owner, function, watched)
 
     for owner, function in (
-        (KDAVDistiller, "measure"),
-        (StudentEngine, "backward"),
-        (StudentEngine, "step"),
+        (EmbeddingHead, "observe"),
+        (Engine, "backward"),
+        (Engine, "step"),
         (loop, "evaluate_student"),
-        (loop, "write_report"),
+        (results, "write_report"),
     ):
         watch(owner, function, lambda *_, name=function: name)
     for function in ("mkdir", "rename", "replace"):

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any
 
 from kdav_fast.cli import main
-from kdav_fast.distillers.kdav import KDAVDistiller
+from kdav_fast.distillers.kdav import KDAV
 from kdav_fast.teachers.frozen import FrozenTeacher
-from kdav_fast.train.engine import StudentEngine
+from kdav_fast.train.engine import Engine
 
 NAN = float("nan")
 
@@ -33,6 +33,10 @@ def poison(owner: type, method: str, steps: list[int], change: Callable[[Any], A
     setattr(owner, method, poisoned)
 
 
+def poison_images(batch):
+    return batch._replace(images=batch.images * NAN)
+
+
 def poison_first_row(outputs):
     outputs.features[0] = NAN
     return outputs
@@ -44,12 +48,12 @@ if __name__ == "__main__":
         steps = json.loads(steps)
         match what:
             case "images":
-                poison(StudentEngine, "__call__", steps, lambda images: images * NAN, result=False)
+                poison(Engine, "__call__", steps, poison_images, result=False)
             case "teacher":
                 poison(FrozenTeacher, "forward", steps, poison_first_row, result=True)
             case "loss":
                 poison(
-                    KDAVDistiller,
+                    KDAV,
                     "forward",
                     steps,
                     lambda losses: losses._replace(total=losses.total * NAN),

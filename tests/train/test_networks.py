@@ -16,7 +16,8 @@ from kdav_fast.student.file import read_student
 from kdav_fast.student.heads import EmbeddingHead
 from kdav_fast.student.student import Student
 from kdav_fast.train.loop import run_training
-from kdav_fast.train.setup import build_network, set_up
+from kdav_fast.train.networks import build_network
+from kdav_fast.train.setup import set_up
 from kdav_fast.train.trial import try_training_step
 
 SHORT = {"depth": 1, "patch_size": 8}
@@ -82,12 +83,12 @@ def test_network_without_a_linear_head_learns_by_kd_and_teaches(small_config, te
         set_up, small_config(tmp_path / "c", **changes, distiller={"name": "simkd"}), start_cluster("cpu")
     )
     assert message.startswith("the teacher torchvision:squeezenet1_1 has no linear classifier")
-    parts = set_up(
+    run = set_up(
         small_config(tmp_path / "d", **changes, distiller={"name": "kdav", "memory_length": 64}),
         start_cluster("cpu"),
     )
     images = torch.randn(2, 3, 32, 32)
-    outputs = parts.teacher(images)
+    outputs = run.teacher.answer(images, None)
     stock.eval()
     with torch.no_grad():
         torch.testing.assert_close(outputs.logits, stock(images), rtol=1e-4, atol=1e-4)

@@ -8,14 +8,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from kdav_fast.config import OptimizerConfig, TrainConfig, dump_config
+from kdav_fast.data.batch import Batch
+from kdav_fast.distillers.base import Losses
 from kdav_fast.errors import InputError
 from kdav_fast.models import build_classifier
 from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.student.student import Student
+from kdav_fast.student.trainee import Trainee
 from kdav_fast.tracking.metrics_log import read_metrics
-from kdav_fast.train import loop, setup
-from kdav_fast.train.engine import StudentEngine
+from kdav_fast.train import loop, networks
+from kdav_fast.train.engine import start_engine
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.skipped_steps import SkippedSteps
 from tests.train import processes
@@ -24,10 +27,23 @@ PROGRAM = str(processes.REPOSITORY / "tests/train/poisoned_run.py")
 NAN, INF = float("nan"), float("inf")
 
 
-def engine_of(network, zero_stage=0, dtype=None, **optimizer):
+def engine_of(network, zero_stage=0, dtype=None, accumulate=2, clip=0.0, **optimizer):
     options = OptimizerConfig(**{"momentum": 0.9, "weight_decay": 5e-4, **optimizer})
-    config = TrainConfig(batch_size=16, accumulate=2, zero_stage=zero_stage)
-    return StudentEngine(network, build_optimizer(options, network), config, start_cluster("cpu"), dtype)
+    config = TrainConfig(
+        batch_size=8 * accumulate, accumulate=accumulate, zero_stage=zero_stage, clip_grad_norm=clip
+    )
+    cluster = start_cluster("cpu")
+    trainee = Trainee(Student(network), {}, cross_entropy, cluster.device, dtype)
+    return start_engine(trainee, build_optimizer(options, trainee), config, cluster, dtype)
+
+
+def cross_entropy(student, teacher, batch, learned, progress):
+    return Losses(F.cross_entropy(student.logits, batch.labels), {})
+
+
+def loss_of(engine, images, labels):
+    rows = torch.arange(len(labels))
+    return engine(Batch(images, labels, rows >= 0, rows), None, None).total
 
 
 def whole_state(engine):
@@ -37,7 +53,7 @@ def whole_state(engine):
 
 def take(engine, images, labels, lr=0.05, factor=1.0):
     for micro, last in ((0, False), (1, True)):
-        loss = F.cross_entropy(engine(images[micro]).logits, labels[micro])
+        loss = loss_of(engine, images[micro], labels[micro])
         engine.backward(loss * (factor if last else 1.0), last=last)
     return engine.step(lr)
 
@@ -75,17 +91,16 @@ def test_float16_s_small_gradients_are_those_of_float32(zero_stage, clip):
     network = build_classifier("cifar:resnet8", 10, width=0.25)
     plain = copy.deepcopy(network)
     images, labels = torch.randn(8, 3, 16, 16), torch.randint(10, (8,))
-    config = TrainConfig(batch_size=8, zero_stage=zero_stage, clip_grad_norm=clip)
-    optimizer = build_optimizer(OptimizerConfig(momentum=0.0, weight_decay=0.0), network)
-    engine = StudentEngine(network, optimizer, config, start_cluster("cpu"), torch.float16)
+    engine = engine_of(network, zero_stage, torch.float16, 1, clip, momentum=0.0, weight_decay=0.0)
     before = whole_state(engine)
-    engine.backward(1e-6 * F.cross_entropy(engine(images).logits.float(), labels))
+    engine.backward(1e-6 * loss_of(engine, images, labels))
     assert engine.step(1e4)
     (1e-6 * F.cross_entropy(plain(images).logits, labels)).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters()])
     factor = min(1.0, clip / (norm.item() + 1e-6)) if clip else 1.0  # as torch and DeepSpeed clip
     after = whole_state(engine)
-    moved = torch.cat([(before[name] - after[name]).flatten() for name, _ in plain.named_parameters()])
+    names = [f"student.network.{name}" for name, _ in plain.named_parameters()]
+    moved = torch.cat([(before[name] - after[name]).flatten() for name in names])
     expected = torch.cat([1e4 * factor * parameter.grad.flatten() for parameter in plain.parameters()])
     assert (moved - expected).norm() < 0.05 * expected.norm()  # float16's rounding; all would be off by 1
 
@@ -167,8 +182,8 @@ def test_a_teacher_that_answers_nan_is_refused(small_config, teacher_run, tmp_pa
             torch.nn.init.constant_(network.classifier.weight, INF)
         return network, known
 
-    build_network = setup.build_network
-    monkeypatch.setattr(setup, "build_network", build)
+    build_network = networks.build_network
+    monkeypatch.setattr(networks, "build_network", build)
     teacher = {"name": "cifar:resnet8", "checkpoint": str(teacher_run)}
     distiller = {"name": method} | ({"weight_kl": 1.0} if method == "simkd" else {})
     config = small_config(tmp_path / "run", teacher=teacher, distiller=distiller)

@@ -3,7 +3,7 @@
 import pytest
 
 from kdav_fast.student.file import read_student
-from kdav_fast.train import loop
+from kdav_fast.train import results
 from kdav_fast.train.loop import run_training
 
 
@@ -17,7 +17,7 @@ def test_a_report_that_fails_costs_no_student(small_config, tmp_path, monkeypatc
     config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0, "save_every": 0})
     page = config.run_dir / "report" / "index.html"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "write_report", fail)
+        patch.setattr(results, "write_report", fail)
         accuracy = run_training(config)
     warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
     assert len(warnings) == 1

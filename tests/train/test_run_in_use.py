@@ -52,14 +52,14 @@ def test_other_commands_read_a_running_run(small_config, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("end", ["bad input", "stopped", "failed"])
-def test_every_end_lets_the_folder_go(small_config, tmp_path, monkeypatch, end):
+def test_every_end_lets_the_folder_go(small_config, teacher_run, tmp_path, monkeypatch, end):
     config = small_config(tmp_path / "run", train={"epochs": 1})
     if end == "bad input":
         with pytest.raises(InputError, match="impl is 'triton'"):
             run_training(
                 small_config(
                     tmp_path / "run",
-                    teacher={"name": "cifar:resnet8"},
+                    teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
                     distiller={"name": "kdav", "impl": "triton"},
                 )
             )

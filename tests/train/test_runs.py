@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from kdav_fast.errors import InputError
 from kdav_fast.inference.evaluate import evaluate_file
+from kdav_fast.models import build_stock
 from kdav_fast.student.file import read_student
 from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train import loop
@@ -53,7 +54,10 @@ def test_a_run_folder_holds_what_the_design_promises(small_config, kdav_sections
 
     student, card = read_student(run)
     assert (card.step, card.epoch, card.distiller, card.classes) == (24, 3.0, "kdav", tuple("0123456789"))
-    assert student.head is not None
+    assert not card.probabilistic  # cosines with the class prototypes
+    assert student.head is None  # folded: the stock architecture
+    stock = build_stock("cifar:resnet8", 10)
+    assert load_file(run / "student.safetensors").keys() == stock.state_dict().keys()
 
 
 def test_every_way_of_loading_trains_the_same_student(small_config, tmp_path):
@@ -152,10 +156,10 @@ def test_the_teacher_is_bitwise_unchanged(small_config, kdav_sections, tmp_path,
     seen = {}
     original = loop.train
 
-    def watching(parts, *arguments):
-        seen["before"] = {name: t.clone() for name, t in parts.teacher.state_dict().items()}
-        finished = original(parts, *arguments)
-        seen["after"] = parts.teacher.state_dict()
+    def watching(run, *arguments):
+        seen["before"] = {name: t.clone() for name, t in run.teacher.state_dict().items()}
+        finished = original(run, *arguments)
+        seen["after"] = run.teacher.state_dict()
         return finished
 
     monkeypatch.setattr(loop, "train", watching)
@@ -177,20 +181,20 @@ def test_loss_equals_a_run_written_out_in_plain_torch(small_config, kdav_section
     run_training(small_config(tmp_path / "run", **kdav_sections, **changes))
     logged = [line["train/loss"] for line in read_metrics(tmp_path / "run") if "train/loss" in line]
 
-    parts = set_up(small_config(tmp_path / "other", **kdav_sections, **changes), start_cluster("cpu"))
-    teacher = parts.teacher.network
+    run = set_up(small_config(tmp_path / "other", **kdav_sections, **changes), start_cluster("cpu"))
+    teacher = run.teacher.network
     torch.manual_seed(0)
     network = build_classifier("cifar:resnet8", 10, width=0.25)
     head = EmbeddingHead(network.feature_width, teacher.feature_width, 10)
-    head.load_state_dict(parts.student.head.state_dict())
-    network.load_stock_state_dict(parts.student.network.stock_state_dict())
+    head.load_state_dict(run.student.head.state_dict())
+    network.load_stock_state_dict(run.student.network.stock_state_dict())
     with torch.no_grad():
-        center = torch.cat([teacher(b.images).features[b.valid] for b in parts.loaders.measure()]).mean(0)
+        center = torch.cat([teacher(b.images).features[b.valid] for b in run.loaders.measure()]).mean(0)
     optimizer = torch.optim.SGD(
         [*network.backbone.parameters(), *head.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4
     )
     memory, posterior = torch.zeros(0, teacher.feature_width), torch.zeros(0, 10)
-    for batch, expected in zip(parts.loaders.train, logged, strict=True):
+    for batch, expected in zip(run.loaders.train, logged, strict=True):
         with torch.no_grad():
             t = teacher(batch.images)
         embedding = (t.features - center)[batch.valid]
@@ -278,18 +282,15 @@ def test_a_key_that_the_folders_version_did_not_know_has_its_default(small_confi
         ({"data": {"train_subset": 9999}}, "data.train_subset is 9999"),
         ({"data": {"name": "folder", "root": "nowhere"}}, "nowhere is not a folder"),
         (
-            {
-                "teacher": {"name": "cifar:resnet8", "checkpoint": "x"},
-                "distiller": {"name": "kdav", "impl": "triton"},
-            },
+            {"distiller": {"name": "kdav", "impl": "triton"}},
             "distiller.impl is 'triton' but the device is 'cpu'",
         ),
         ({"model": {"name": "cifar:resnet9"}}, "unknown model 'cifar:resnet9'"),
     ],
 )
-def test_bad_input_leaves_no_run_folder(small_config, tmp_path, changes, message):
+def test_bad_input_leaves_no_run_folder(small_config, kdav_sections, tmp_path, changes, message):
     with pytest.raises(InputError, match=message):
-        run_training(small_config(tmp_path / "run", **changes))
+        run_training(small_config(tmp_path / "run", **{"teacher": kdav_sections["teacher"], **changes}))
     assert not (tmp_path / "run").exists()
 
 

@@ -28,11 +28,29 @@ def simkd_config(small_config, teacher_run, tmp_path):
 
 
 def check_classifier(run_dir, teacher_run):
-    """The student's file has the teacher's classifier, bit by bit."""
+    """The run kept the teacher's classifier, bit by bit, and its student's is that one after the projector."""
     teacher, student = (load_file(run / "student.safetensors") for run in (teacher_run, run_dir))
-    path = read_student(teacher_run)[0].network.head_paths[0]
+    last = max((run_dir / "checkpoints").glob("step-*"))
+    head = {
+        key.removeprefix("student.head."): tensor
+        for key, tensor in load_file(last / "buffers-00000.safetensors").items()
+    }
     for name in ("weight", "bias"):
-        assert torch.equal(student[f"embedding_head.classifier_{name}"], teacher[f"{path}.{name}"])
+        assert torch.equal(head[f"classifier_{name}"], teacher[f"fc.{name}"])
+    pieces = load_file(last / "pieces-00000.safetensors")
+    weight, scale, shift = (
+        pieces[f"weight:student.head.{name}:0"].double()
+        for name in ("projector.weight", "norm.weight", "norm.bias")
+    )
+    scale = scale / (head["norm.running_var"].double() + 1e-5).sqrt()
+    projector = scale[:, None] * weight.view(len(scale), -1)
+    shift = shift - scale * head["norm.running_mean"].double()
+    expected = {
+        "fc.weight": teacher["fc.weight"].double() @ projector,
+        "fc.bias": teacher["fc.weight"].double() @ shift + teacher["fc.bias"].double(),
+    }
+    for name, tensor in expected.items():
+        torch.testing.assert_close(student[name].double(), tensor, rtol=1e-6, atol=1e-6)
 
 
 def test_trains_and_its_export_in_the_stock_architecture_answers_the_same(simkd_config, teacher_run):

@@ -18,14 +18,13 @@ from kdav_fast.train import loop
 
 def stop_after(last: int) -> None:
     """Send this process SIGTERM when the step is done."""
-    advance, restore = StatusLine.advance, loop.restore_checkpoint
+    advance, train = StatusLine.advance, loop.train
     step = 0
 
-    def restored(folders, parts):
+    def training(run, first, *others):
         nonlocal step
-        found = restore(folders, parts)
-        step = found or 0
-        return found
+        step = first
+        return train(run, first, *others)
 
     def advancing(self):
         nonlocal step
@@ -34,22 +33,21 @@ def stop_after(last: int) -> None:
         if step == last and os.environ["RANK"] == "0":
             signal.raise_signal(signal.SIGTERM)
 
-    StatusLine.advance, loop.restore_checkpoint = advancing, restored
+    StatusLine.advance, loop.train = advancing, training
 
 
 def show_restored(folder: Path) -> None:
     """Write this rank's pieces and memory to `folder` as they are after restoring."""
-    restore = loop.restore_checkpoint
+    train = loop.train
 
-    def restored(folders, parts):
-        found = restore(folders, parts)
+    def training(run, *others):
         rank = os.environ["RANK"]
         folder.mkdir(exist_ok=True)
-        save_file(training_state(parts.engine, parts.cluster)[0], folder / f"pieces-{rank}.safetensors")
-        save_file(parts.distiller.state_dict(), folder / f"distiller-{rank}.safetensors")
-        return found
+        save_file(training_state(run.engine, run.cluster)[0], folder / f"pieces-{rank}.safetensors")
+        save_file(run.distiller.state_dict(), folder / f"distiller-{rank}.safetensors")
+        return train(run, *others)
 
-    loop.restore_checkpoint = restored
+    loop.train = training
 
 
 if __name__ == "__main__":
