@@ -48,7 +48,7 @@ def deepspeed_config(
     zero = {**defaults, **added.get("zero_optimization", {}), **settings["zero_optimization"]}
     merged = {**settings, **added, "zero_optimization": zero}
     if config.zero_stage == 0:
-        # `StudentEngine` needs the gradients' norm anyway; two clippings would measure it twice.
+        # `WholeEngine` needs the gradients' norm anyway; two clippings would measure it twice.
         merged["gradient_clipping"] = 0.0
     return merged
 

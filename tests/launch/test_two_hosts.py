@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import Config, dump_config
 from kdav_fast.data import build_loaders, open_images
+from kdav_fast.distillers.memories.ring import TeacherMemory
 from kdav_fast.models import IMAGENET
 from kdav_fast.student.file import FILE_NAME, read_student
 from kdav_fast.tracking.metrics_log import read_metrics
@@ -113,14 +114,21 @@ def pdsh_run(cluster, run_config):
     return config, [host.bytes_received() - start for host, start in zip(cluster.hosts, before, strict=True)]
 
 
-def final_memory(config: Config) -> dict[str, torch.Tensor]:
-    return load_file(sorted((config.run_dir / "checkpoints").iterdir())[-1] / "distiller.safetensors")
+def last_checkpoint(config: Config) -> Path:
+    return sorted((config.run_dir / "checkpoints").iterdir())[-1]
+
+
+def final_memory(config: Config) -> TeacherMemory:
+    state = load_file(last_checkpoint(config) / "distiller.safetensors")
+    memory = TeacherMemory(config.distiller.memory_length, width=64, classes=10)
+    memory.load_state_dict({name.removeprefix("memory."): tensor for name, tensor in state.items()})
+    return memory
 
 
 def test_the_memory_holds_the_rows_of_both_hosts_ranks_in_rank_order(pdsh_run, teacher_run):
     config, _ = pdsh_run
     teacher, _ = read_student(teacher_run)
-    student, _ = read_student(config.run_dir)
+    center = load_file(last_checkpoint(config) / "buffers-00000.safetensors")["student.head.center"]
     shares = [
         build_loaders(
             config.data,
@@ -140,18 +148,19 @@ def test_the_memory_holds_the_rows_of_both_hosts_ranks_in_rank_order(pdsh_run, t
     with torch.no_grad():
         for batches in zip(*shares, strict=True):
             for batch in batches:
-                features = teacher(batch.images).features[batch.valid] - student.head.center
+                features = teacher(batch.images).features[batch.valid] - center
                 expected.append(F.normalize(features, dim=1))
     expected = torch.cat(expected)
-    state = final_memory(config)
-    assert state["memory.filled"] == len(expected) == 90  # one epoch, padding left out
-    torch.testing.assert_close(state["memory._embedding"][:90], expected, rtol=1e-4, atol=1e-4)
+    memory = final_memory(config)
+    assert memory.filled == len(expected) == 90  # one epoch, padding left out
+    torch.testing.assert_close(memory.embedding[:90], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_each_step_s_gradient_crosses_the_link(pdsh_run):
     config, received = pdsh_run
-    student, _ = read_student(config.run_dir)
-    gradient = 4 * sum(parameter.numel() for parameter in student.parameters())  # bytes, float32
+    pieces = [load_file(file) for file in last_checkpoint(config).glob("pieces-*.safetensors")]
+    weights = {name: tensor for each in pieces for name, tensor in each.items() if name.startswith("weight:")}
+    gradient = 4 * sum(tensor.numel() for tensor in weights.values())  # bytes, float32
     steps = len([line for line in read_metrics(config.run_dir) if "train/loss" in line])
     assert steps == 3
     assert min(received) > steps * gradient
@@ -164,7 +173,7 @@ def test_without_ssh_the_result_is_the_same(cluster, run_config, pdsh_run):
     assert finish(*launches) == [0, 0]
     with_ssh = pdsh_run[0]
     assert (config.run_dir / FILE_NAME).read_bytes() == (with_ssh.run_dir / FILE_NAME).read_bytes()
-    ours, theirs = final_memory(config), final_memory(with_ssh)
+    ours, theirs = (final_memory(each).state_dict() for each in (config, with_ssh))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
