@@ -120,6 +120,12 @@ def find_student_file(path: Path) -> Path:
         if candidate.is_file():
             _check_checkpoint(candidate)
             return candidate
+    saved = [path] if FOLDER_NAME.fullmatch(path.name) else path.glob(f"{CHECKPOINTS}/step-*")
+    if {folder.name for folder in saved} == {"step-00000000"}:
+        raise InputError(
+            f"{path} holds no student yet: all that was saved comes before the run's first step; continue the run, or "
+            "give another one or a weights file"
+        )
     raise InputError(
         f"{path} holds neither {FILE_NAME} nor {CHECKPOINTS}/step-*/{FILE_NAME}; give a run that has "
         "saved something, or a weights file"

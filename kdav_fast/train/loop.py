@@ -88,7 +88,12 @@ def before_distillation(
             run.cluster.say("stopped before the first step, state saved; the same command continues")
         return stopping
 
-    phases = len(tuple(run.distiller.phases()))
+    phases = tuple(run.distiller.phases())
+    if position.step:
+        name = phases[position.number].name
+        run.cluster.say(
+            f"continuing {run.run_dir} before its first step: {name}, after batch {position.step}"
+        )
     if not run_phases(run, position, after_batch):
         return False
     run.start_engine()

@@ -23,6 +23,7 @@ from tests.train import processes
 from tests.train.killed_run import Strike
 
 OPTIONS = {
+    "data": {"on_reshard": "restart_epoch"},
     "distiller": {"name": "kdav", "memory_length": 192, "posterior": "dense"},
     "train": {
         "accumulate": 2,
@@ -51,6 +52,14 @@ class Attempt(NamedTuple):
         return int(found[1]) if found else 0
 
     @property
+    def continued_before(self) -> int:
+        """The batch of the measuring pass after which this attempt continued; 0 if it began it or had it behind it."""
+        found = re.search(
+            r"continuing .* before its first step: the teacher's embeddings, after batch (\d+)", self.output
+        )
+        return int(found[1]) if found else 0
+
+    @property
     def moments(self) -> int:
         """How many moments there were on the rank that had fewest."""
         return min(map(int, re.findall(r"passed (\d+) moments", self.output)))
@@ -66,8 +75,8 @@ class Run:
         self.command = ["-m", "kdav_fast", "distill", str(self.config)]
         self.attempts: list[Attempt] = []
 
-    def attempt(self, strike: Strike | None = None) -> Attempt:
-        request = {"config": str(self.config), "world": self._world, "strike": strike}
+    def attempt(self, strike: Strike | None = None, world: int | None = None) -> Attempt:
+        request = {"config": str(self.config), "world": world or self._world, "strike": strike}
         print(json.dumps(request), file=self._launcher.stdin, flush=True)
         made = Attempt(**json.loads(self._launcher.stdout.readline()))
         self.attempts.append(made)
@@ -96,8 +105,12 @@ class Run:
         return file.stat().st_mtime_ns if file.exists() else None
 
     @property
+    def student_file(self) -> Path:
+        return self.folder / "student.safetensors"
+
+    @property
     def student(self) -> bytes:
-        return (self.folder / "student.safetensors").read_bytes()
+        return self.student_file.read_bytes()
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -168,11 +181,13 @@ def _key(line: dict[str, Any]) -> tuple[int, bool]:
 def test_killed_in_every_stage(make_run, whole):
     """The checkpoint from which the next attempt continues tells that the kill hit the stage."""
     run = make_run(1)
-    before = 0
+    before, measured = 0, [0, 6, 12, 12, 0]
     for moment, nth, continued in [
-        ("measure", 8, 0),
+        ("observe", 8, 0),  # in the measuring pass, saved after 6 of its 15 batches
+        ("observe", 8, 0),  # after 12
         ("fsync pieces-00000.safetensors", 1, 0),  # a rank's file, half written
-        ("fsync manifest.json", 2, 0),
+        ("rename step-00000000.tmp", 1, 0),  # the one of the pass was just removed
+        ("fsync manifest.json", 4, 0),
         ("backward", 8, 3),  # between the micro-batches of step 4
         ("rename step-00000006.tmp", 1, 3),
         ("replace latest.tmp", 1, 6),
@@ -186,7 +201,9 @@ def test_killed_in_every_stage(make_run, whole):
         ("write_report", 1, 0),
         ("replace index.html.tmp", 1, 0),
     ]:
-        assert run.killed(Strike(0, moment, nth)).continued == before
+        killed = run.killed(Strike(0, moment, nth))
+        assert killed.continued == before
+        assert killed.continued_before == (measured.pop(0) if measured else 0)
         before = continued
         if continued == 3:
             memory = load_file(run.checkpoints[-1] / "distiller.safetensors")
@@ -195,6 +212,32 @@ def test_killed_in_every_stage(make_run, whole):
     check_equal(run, whole(1))
     assert [path.name for path in run.checkpoints] == [path.name for path in whole(1).checkpoints]
     assert not list(run.folder.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_signal_and_a_kill_in_the_measuring_pass_of_two(make_run, whole):
+    run = make_run(2)
+    stopped = run.attempt(Strike(1, "observe", 5, SIGTERM))
+    assert stopped.codes == [STOPPED, STOPPED], stopped.output
+    assert "stopped before the first step, state saved; the same command continues" in stopped.output
+    assert not run.student_file.exists()
+    stopped_at = run.killed(Strike(0, "observe", 8)).continued_before
+    assert stopped_at == 6  # they agree one batch later
+    assert run.ended().continued_before == 12
+    check_equal(run, whole(2))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_begins_the_measuring_pass_anew(make_run, whole):
+    run = make_run(2)
+    assert run.attempt(Strike(0, "observe", 5, SIGTERM)).codes == [STOPPED, STOPPED]
+    alone = run.attempt(world=1)
+    assert alone.codes == [0], alone.output
+    assert (
+        "was written by 2 processes in the middle of what comes before distillation; 1 begin that anew"
+        in alone.output
+    )
+    check_equal(run, whole(1))
 
 
 @pytest.mark.slow
