@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kdav_fast.errors import InputError
-from tests.train.checkpoint_folder import (
+from tests.checkpoint.small_folders import (
     PIECES,
     STATE,
     contents,

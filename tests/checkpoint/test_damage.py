@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from kdav_fast.errors import InputError
-from tests.train.checkpoint_folder import PIECES, STATE, flip_bit, folders_in, save, snapshot, steps_in
+from tests.checkpoint.small_folders import PIECES, STATE, flip_bit, folders_in, save, snapshot, steps_in
 
 
 @pytest.fixture
