@@ -4,8 +4,10 @@ import os
 import sys
 from typing import Any
 
+from kdav_fast.cli import main  # it quiets torch, which the others load
+
+# isort: split
 from kdav_fast.checkpoint import folders as checkpoint_folders
-from kdav_fast.cli import main
 from kdav_fast.train import loop, setup
 from kdav_fast.train.checkpoints import Checkpoints
 from kdav_fast.train.engine import Engine
