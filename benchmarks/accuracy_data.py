@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdav_fast.config import Config
-from kdav_fast.data import Splits, decode_images, open_images
+from kdav_fast.data import Batch, Splits, decode_images, open_images
 from kdav_fast.data.image_set import ImageSet, take_subset
-from kdav_fast.models import Normalization, renormalization
+from kdav_fast.distillers.base import Facts, Shapes
+from kdav_fast.models import ImageClassifier, Normalization, renormalization
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.file import find_student_file
 from kdav_fast.teachers.frozen import FrozenTeacher
-from kdav_fast.train.setup import build_network
+from kdav_fast.train.networks import build_network
 
 HELD_OUT = 10_000
 """At most so many training images that no student is trained on; settings are chosen by them."""
@@ -56,18 +57,31 @@ class StudyData:
     def teacher_top1(self) -> float:
         return 100 * self.teacher_correct.item() / len(self.evaluation_labels)
 
-    def teacher_classifier(self) -> nn.Linear:
-        """A copy of the teacher's last layer."""
-        classifier = nn.Linear(self.features.shape[2], self.classes)
+    def facts(self, network: ImageClassifier) -> Facts:
+        """For the method that trains this student."""
+        width = self.features.shape[2]
+        classifier = nn.Linear(width, self.classes)
         with torch.no_grad():
             classifier.weight.copy_(self.classifier_weight)
             classifier.bias.copy_(self.classifier_bias)
-        return classifier
+        return Facts(
+            student=Shapes(network.name, network.feature_width),
+            teacher=Shapes("teacher", width),
+            teacher_classifier=classifier,
+            labels=self.train_labels.cpu().numpy(),
+            classes=self.classes,
+            label_smoothing=0.0,
+            dtype=torch.float32,
+            device=self.train_labels.device,
+        )
 
-    def answers(self, index: Tensor, mirrored: Tensor) -> Outputs:
-        """The teacher's, to B images by position, each as it is or mirrored."""
-        side = mirrored.long()
-        return Outputs(self.features[side, index], self.logits[side, index])
+    def batch(self, index: Tensor, mirrored: Tensor) -> tuple[Batch, Outputs]:
+        """B training images by position, each as it is or mirrored, and the teacher's answers to them."""
+        pixels = self.train_pixels[index]
+        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
+        side, valid = mirrored.long(), torch.ones_like(mirrored)
+        batch = Batch(self.normalize(pixels), self.train_labels[index], valid, index)
+        return batch, Outputs(self.features[side, index], self.logits[side, index])
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """B x S x S x 3 bytes to B x 3 x S x S float32 in channels_last order."""
@@ -138,6 +152,6 @@ def _ask(teacher: FrozenTeacher, pixels: Tensor, normalization: Normalization) -
     answers = []
     for batch in tqdm(pixels.split(_BATCH), "ask the teacher"):
         images = batch.float().div(255).sub(mean).div(std).permute(0, 3, 1, 2)
-        outputs = teacher(images)
+        outputs = teacher.answer(images, None)
         answers.append(Outputs(outputs.features.cpu(), outputs.logits.cpu()))
     return Outputs(torch.cat([a.features for a in answers]), torch.cat([a.logits for a in answers]))

@@ -1,4 +1,4 @@
-"""One student of benchmarks/accuracy.py: trained from memory, with the package's distillers, optimizer and schedule."""
+"""One student of benchmarks/accuracy.py: trained from memory, by the package's methods, optimizer and schedule."""
 
 import signal
 import time
@@ -13,17 +13,22 @@ from accuracy_methods import Preset, Task
 from torch import Tensor
 
 from kdav_fast.config import ModelConfig, OptimizerConfig, ScheduleConfig, method_section
-from kdav_fast.distillers import Distiller, Target, build_distiller
+from kdav_fast.data import Batch
+from kdav_fast.distillers import build_distiller
+from kdav_fast.distillers.base import Distiller, Progress
 from kdav_fast.models import build_classifier
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.host_memory import keep_freed_memory
 from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
 from kdav_fast.student.student import Student
+from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.schedule import lr_factor
 
 EVALUATIONS = 4
 """In a run, evenly spaced."""
+_MEASURED = 1000
+"""Images a batch, where the teacher is measured."""
 _worker: dict = {}
 
 
@@ -57,28 +62,23 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     """
     torch.manual_seed(task.seed)
     network = build_classifier(model.name, data.classes, width=model.width, init=task.init)
-    distiller = build_distiller(
-        method_section(task.distiller),
-        student_width=network.feature_width,
-        teacher_classifier=data.teacher_classifier(),
-        classes=data.classes,
-        label_smoothing=0.0,
-    ).to(device)
-    student = Student(network, distiller.head).to(device)
-    guard_unsafe_layers(student, "channels_last", torch.device(device))
-    set_layout(student, "channels_last", torch.device(device))
+    distiller = build_distiller(method_section(task.distiller), data.facts(network)).to(device)
+    student = Student(network, distiller.head()).to(device)
+    trainee = Trainee(student, {}, distiller, torch.device(device), None)
+    guard_unsafe_layers(trainee, "channels_last", torch.device(device))
+    set_layout(trainee, "channels_last", torch.device(device))
     if preset.compiled:
         network.backbone.compile()
     measure_teacher(distiller, data)
     epoch_steps = len(data.train_labels) // preset.batch_size
     steps = preset.epochs * epoch_steps
-    optimizer = build_optimizer(OptimizerConfig(lr=task.lr, weight_decay=preset.weight_decay), student)
+    optimizer = build_optimizer(OptimizerConfig(lr=task.lr, weight_decay=preset.weight_decay), trainee)
     factor = lr_factor(ScheduleConfig(name="one_cycle"), steps, epoch_steps)
     clock, curve = _Clock(device), []
-    for step, (images, teacher, target) in enumerate(batches(data, preset.batch_size, steps, task.seed)):
+    for step, (batch, teacher) in enumerate(batches(data, preset.batch_size, steps, task.seed)):
         for group in optimizer.param_groups:
             group["lr"] = task.lr * factor(step)
-        loss = distiller(student(images), teacher, target).total
+        loss = trainee(batch, teacher, Progress(step, steps, step / epoch_steps, preset.epochs)).total
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -101,27 +101,24 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
 
 def measure_teacher(distiller: Distiller, data: StudyData) -> None:
     """What the distiller wants to know of the training images before training."""
-    if distiller.needs_measuring:
-        target = Target(data.train_labels, torch.ones_like(data.train_labels, dtype=torch.bool))
-        distiller.measure(Outputs(data.features[0], data.logits[0]), target)
-        distiller.finish_measuring()
+    every = torch.arange(len(data.train_labels), device=data.train_labels.device)
+    for phase in distiller.phases():
+        for index in every.split(_MEASURED):
+            phase.see(*data.batch(index, torch.zeros_like(index, dtype=torch.bool)))
+        phase.finish()
 
 
-def batches(data: StudyData, size: int, steps: int, seed: int) -> Iterator[tuple[Tensor, Outputs, Target]]:
+def batches(data: StudyData, size: int, steps: int, seed: int) -> Iterator[tuple[Batch, Outputs]]:
     """Batches of whole ones only, each epoch in another order, each image mirrored by a coin's flip."""
     device, count = data.train_labels.device, len(data.train_labels)
     chance = torch.Generator().manual_seed(seed)
-    valid = torch.ones(size, dtype=torch.bool, device=device)
     order = torch.empty(0, dtype=torch.int64)
     for _ in range(steps):
         if len(order) < size:
             order = torch.randperm(count, generator=chance).to(device)
             mirror = (torch.rand(count, generator=chance) < 0.5).to(device)
         index, order = order[:size], order[size:]
-        mirrored = mirror[index]
-        pixels = data.train_pixels[index]
-        pixels = torch.where(mirrored[:, None, None, None], pixels.flip(2), pixels)
-        yield data.normalize(pixels), data.answers(index, mirrored), Target(data.train_labels[index], valid)
+        yield data.batch(index, mirror[index])
 
 
 @torch.no_grad()

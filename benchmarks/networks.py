@@ -90,7 +90,7 @@ def try_network(name: str, most_parameters: float) -> Row:
         try:
             head = EmbeddingHead(network.feature_width, 5, CLASSES)
             head.observe(torch.randn(CLASSES, 5), torch.arange(CLASSES))
-            Student(network, head).deployed()
+            Student(network, head).weights()
             student = "all"
         except InputError as error:
             why = str(error)

@@ -92,9 +92,7 @@ def measure(world: int, options: argparse.Namespace, folder: Path) -> dict[str, 
                 f"alone, {together[-1] * 1e3:.1f} ms together",
                 flush=True,
             )
-        phases = {
-            name: group.ask("phases", count=count) for name, group in (("alone", apart), ("run", joined))
-        }
+        parts = {name: group.ask("parts", count=count) for name, group in (("alone", apart), ("run", joined))}
         rate = statistics.mean(apart.ask("loader", count=4))
         gradients = 4 * facts["parameters"]
         links = measure_links(joined, world, gradients, options.rounds) if world > 1 else []
@@ -105,9 +103,9 @@ def measure(world: int, options: argparse.Namespace, folder: Path) -> dict[str, 
         "steps_a_round": count,
         "alone": quantiles(alone) | {"rounds_s": alone},
         "run": quantiles(together) | {"rounds_s": together},
-        "phases_s": {
-            name: {phase: statistics.mean(one[phase] for one in ranks) for phase in ranks[0]}
-            for name, ranks in phases.items()
+        "parts_s": {
+            name: {part: statistics.mean(one[part] for one in ranks) for part in ranks[0]}
+            for name, ranks in parts.items()
         },
         "loader_images_per_s": rate,
         "collectives": links,

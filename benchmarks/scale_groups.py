@@ -46,6 +46,7 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> None:
         "teacher": {"name": options.teacher, "checkpoint": str(folder / "teacher.safetensors")},
         "model": {"name": options.student},
         "distiller": kdav,
+        "optimizer": {"lr": 1e-3},
         "train": {"precision": options.precision, "comm_timeout": 120},
     }
     (folder / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML

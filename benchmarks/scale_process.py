@@ -22,7 +22,7 @@ from kdav_fast.data import Batch
 from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.runtime.stopping import StopRequest
 from kdav_fast.train.setup import set_up
-from kdav_fast.train.step import PHASES, take_step
+from kdav_fast.train.step import PARTS, take_step
 
 
 class Process:
@@ -31,8 +31,9 @@ class Process:
     def __init__(self, recipe: Path, overrides: list[str]) -> None:
         self.config = load_config(recipe, overrides)
         self.cluster = start_cluster(self.config.device, self.config.train.comm_timeout)
-        self.parts = set_up(self.config, self.cluster)
-        self.parts.student.train()
+        self.run = set_up(self.config, self.cluster)
+        self.run.start_engine()
+        self.run.trainee.train()
         self.stop = StopRequest(self.cluster)
         self.batch = self.config.train.batch_size // self.cluster.world
         self.batches = repeat(self._batch())
@@ -41,7 +42,7 @@ class Process:
         side, device = self.config.data.image_size, self.cluster.device
         generator = torch.Generator(device).manual_seed(self.cluster.rank)
         images = torch.randn(self.batch, 3, side, side, generator=generator, device=device)
-        target = torch.arange(self.batch, device=device) % len(self.parts.loaders.classes)
+        target = torch.arange(self.batch, device=device) % len(self.run.loaders.classes)
         valid = torch.ones(self.batch, dtype=torch.bool, device=device)
         return Batch(images.contiguous(memory_format=torch.channels_last), target, valid, target)
 
@@ -50,21 +51,21 @@ class Process:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _step(self, **phase: object) -> None:
+    def _step(self, **clock: object) -> None:
         """What the training loop repeats, without its log."""
-        take_step(self.parts, self.batches, 1e-3, **phase)
+        take_step(self.run, self.batches, 0, **clock)
         self.stop.agreed()
 
     def facts(self) -> dict[str, object]:
         """What the collectives' sizes follow from."""
-        memory = self.parts.distiller.memory
+        memory = self.run.distiller.memory
         return {
             "batch": self.batch,
             "width": memory.width,
             "classes": memory.classes,
             "posterior": self.config.distiller.posterior,
             "value_bytes": memory.embedding.element_size(),
-            "parameters": sum(p.numel() for p in self.parts.student.parameters() if p.requires_grad),
+            "parameters": sum(p.numel() for p in self.run.student.parameters() if p.requires_grad),
         }
 
     def steps(self, count: int) -> list[float]:
@@ -76,19 +77,19 @@ class Process:
             times.append(self._wait())
         return [after - before for before, after in pairwise(times)]
 
-    def phases(self, count: int) -> dict[str, float]:
-        """Mean seconds of each phase of a step; on a GPU, waiting for it after each."""
-        spent = dict.fromkeys(PHASES, 0.0)
+    def parts(self, count: int) -> dict[str, float]:
+        """Mean seconds of each part of a step; on a GPU, waiting for it after each."""
+        spent = dict.fromkeys(PARTS, 0.0)
 
         @contextmanager
-        def phase(name: str):
+        def clock(name: str):
             begin = self._wait()
             yield
             spent[name] += self._wait() - begin
 
         dist.barrier(group=self.cluster.control)
         for _ in range(count):
-            self._step(phase=phase)
+            self._step(clock=clock)
         return {name: seconds / count for name, seconds in spent.items()}
 
     def calls(self) -> list[tuple[str, int]]:
@@ -147,7 +148,7 @@ class Process:
 
     def _endless(self):
         while True:
-            yield from self.parts.loaders.train
+            yield from self.run.loaders.train
 
 
 def main() -> None:

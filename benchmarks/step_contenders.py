@@ -23,7 +23,8 @@ from kdav_fast.config import Config, method_section
 from kdav_fast.data import Batch, Splits, build_loaders
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.tracking.meter import TrainMeter
-from kdav_fast.train.setup import Parts, set_up
+from kdav_fast.train.run import Run
+from kdav_fast.train.setup import set_up
 from kdav_fast.train.step import take_step
 
 FAST = {
@@ -56,19 +57,19 @@ class Round(NamedTuple):
 
     steps: int
     seconds: float
-    phases: dict[str, float]
-    """Seconds in each phase, all steps together; empty where there are none."""
+    parts: dict[str, float]
+    """Seconds in each part of a step, all steps together; empty where they are not told apart."""
 
 
-class PhaseClock:
-    """Sums up the time in each phase: between events on a GPU, whose host does not wait for them, else by the clock."""
+class PartClock:
+    """Sums up the time in each part of a step: between events on a GPU, where nobody waits for them, else by clock."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Iterator[None]:
         begin = self._mark()
         yield
         self._marks.append((name, begin, self._mark()))
@@ -81,7 +82,7 @@ class PhaseClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last reading; the device must have done its work."""
+        """Seconds by part since the last reading; the device must have done its work."""
         sums: dict[str, float] = {}
         for name, begin, end in self._marks:
             seconds = begin.elapsed_time(end) / 1e3 if self._on_gpu else end - begin
@@ -121,7 +122,7 @@ class Contender:
     """Most batches that can lie ready, in whole or in part, when a round begins."""
     side_by_side: int = 1
     """Batches made at the same time, which come together: a round takes a whole number of such groups."""
-    clock: PhaseClock | None = None
+    clock: PartClock | None = None
     flags: Flags | None = None
     start_up_s: float = 0.0
     compiled_graphs: int = 0
@@ -222,48 +223,49 @@ class Builder:
 
     def _package(self, name: str) -> Contender:
         if name == TEACHER:
-            return Contender(name, lambda: self._fast_parts.teacher(self._start.images))
+            return Contender(name, lambda: self._fast_run.teacher(self._batch))
         if name == STUDENT:
             config = self._fast_config.model_copy(update={"distiller": method_section({"name": "none"})})
-            return self._stepping(name, self._parts(config), repeat(self._batch), 0)
-        parts = self._parts(self._config) if name == SLOW else self._fast_parts
-        self._take_first_step(name, parts)
+            return self._stepping(name, self._run(config), repeat(self._batch), 0)
+        run = self._run(self._config) if name == SLOW else self._fast_run
+        self._take_first_step(name, run)
         if name == CEILING:
-            return self._stepping(name, parts, repeat(self._batch), 0)
-        return self._stepping(name, parts, chain.from_iterable(repeat(parts.loaders.train)), DALI_READY)
+            return self._stepping(name, run, repeat(self._batch), 0)
+        return self._stepping(name, run, chain.from_iterable(repeat(run.loaders.train)), DALI_READY)
 
-    def _stepping(self, name: str, parts: Parts, batches: Iterator[Batch], ready: int) -> Contender:
-        clock, meter = PhaseClock(self.device), TrainMeter(self._cluster)
+    def _stepping(self, name: str, run: Run, batches: Iterator[Batch], ready: int) -> Contender:
+        clock, meter = PartClock(self.device), TrainMeter(self._cluster)
 
         def step() -> None:
-            taken, seen = take_step(parts, batches, parts.config.optimizer.lr, clock.phase)
+            taken, seen = take_step(run, batches, 0, clock.part)
             for micro in seen:
-                meter.update(micro.logits, micro.losses, micro.target)  # as a run's every step does
+                meter.update(micro.answer, micro.batch)  # as a run's every step does
             if not taken:
                 raise FloatingPointError(f"{name}: loss or gradient not finite; its steps cannot be compared")
 
         return Contender(name, step, batches if ready else None, ready, clock=clock)
 
     @cached_property
-    def _fast_parts(self) -> Parts:
-        return self._parts(self._fast_config)
+    def _fast_run(self) -> Run:
+        return self._run(self._fast_config)
 
     @cached_property
     def _batch(self) -> Batch:
         images, target = self._start.images, self._start.target
         return Batch(images, target, torch.ones_like(target, dtype=torch.bool), target)
 
-    def _parts(self, config: Config) -> Parts:
-        parts = set_up(config, self._cluster)
-        parts.student.train()
+    def _run(self, config: Config) -> Run:
+        run = set_up(config, self._cluster)
         if config.distiller.name != "none":
-            parts.student.network.load_stock_state_dict(self._start.network)
+            run.student.network.load_stock_state_dict(self._start.network)
             with torch.no_grad():
-                parts.student.head.projector.weight.copy_(self._start.projector)
-                parts.student.head.center.copy_(self._start.center)
-        found, evaluation = parts.loaders.train.images, parts.loaders.evaluation.images
+                run.student.head.projector.weight.copy_(self._start.projector)
+                run.student.head.center.copy_(self._start.center)
+        run.start_engine()
+        run.trainee.train()
+        found, evaluation = run.loaders.train.images, run.loaders.evaluation.images
         size = config.train.batch_size
-        parts.loaders = build_loaders(
+        run.loaders = build_loaders(
             config.data,
             Splits(found.select(np.arange(LONG_EPOCH) % len(found)), evaluation),
             batch_size=size,
@@ -273,16 +275,16 @@ class Builder:
             world=1,
             local_world=1,
             seed=config.train.seed,
-            normalization=parts.normalization,
+            normalization=run.normalization,
         )
-        return parts
+        return run
 
-    def _take_first_step(self, name: str, parts: Parts) -> None:
+    def _take_first_step(self, name: str, run: Run) -> None:
         if name == CEILING and FULL in self.losses:
             return  # the same networks, which have taken it
-        with self._first_step(name, exact=parts.dtype is None):
-            _, (first,) = take_step(parts, islice(repeat(self._batch), 1), parts.config.optimizer.lr)
-            self.losses[name] = first.losses.total.item()
+        with self._first_step(name, exact=run.dtype is None):
+            _, (first,) = take_step(run, islice(repeat(self._batch), 1), 0)
+            self.losses[name] = first.answer.total.item()
 
     @contextmanager
     def _first_step(self, name: str, exact: bool) -> Iterator[None]:
@@ -319,9 +321,9 @@ def run_round(contender: Contender, seconds: float, builder: Builder) -> Round:
         contender.clock.read()
     steps = max(1, round(seconds * settling / took / group)) * group
     elapsed = _time_steps(contender, steps, builder)
-    phases = contender.clock.read() if contender.clock else {}
+    parts = contender.clock.read() if contender.clock else {}
     wait_until_idle()
-    return Round(steps, elapsed, phases)
+    return Round(steps, elapsed, parts)
 
 
 def _time_steps(contender: Contender, steps: int, builder: Builder) -> float:

@@ -19,7 +19,7 @@ They are measured in turn, a few seconds each. Nothing that lay ready counts, an
 - DataLoader's workers make a batch each, which come together: a round is a whole number of such groups.
 
 Files come from the system's cache: they are read once beforehand. Without --root they are made: noise with the size
-of photographs. The phases of a step are device time between events on a GPU, the host's on a CPU; "other" is what
+of photographs. The parts of a step are device time between events on a GPU, the host's on a CPU; "other" is what
 lies between them: the training meter, and on a GPU waiting for the host. DALI's own memory is not in the figures of
 memory. With --timm FOLDER, a checkout of huggingface/pytorch-image-models, its train.py runs afterwards, alone, on
 the same files and networks (timm_peer.py). One process only: torchrun and the launchers of DeepSpeed are refused, and
@@ -57,7 +57,7 @@ from timm_peer import PEERS, run_peer, why_not
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.train.step import PHASES
+from kdav_fast.train.step import PARTS
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy")
 FEWEST = 3
@@ -153,15 +153,15 @@ def make_row(contender: Contender, batch_size: int, on_gpu: bool) -> dict[str, o
 def breakdown(contender: Contender) -> dict[str, float | None]:
     """Medians over the rounds, in seconds a step."""
     rounds = contender.rounds
-    names = [name for name in PHASES if name in rounds[0].phases]
-    values = {name: quantiles([one.phases[name] / one.steps for one in rounds])["median_s"] for name in names}
-    others = [(one.seconds - sum(one.phases.values())) / one.steps for one in rounds]
+    names = [name for name in PARTS if name in rounds[0].parts]
+    values = {name: quantiles([one.parts[name] / one.steps for one in rounds])["median_s"] for name in names}
+    others = [(one.seconds - sum(one.parts.values())) / one.steps for one in rounds]
     # Of several processes, a profiler would tell it.
     return {**values, "other": quantiles(others)["median_s"], "communication": None}
 
 
 def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[str, object]:
-    """Rows, phases, quotients of medians and targets."""
+    """Rows, parts of a step, quotients of medians and targets."""
     on_gpu = options.device == "cuda"
     rows = [make_row(contender, options.batch_size, on_gpu) for contender in contenders]
     by_name = {row["contender"]: row for row in rows}
@@ -171,13 +171,13 @@ def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[
             return None
         return by_name[over][what] / by_name[under][what]
 
-    phases = {c.name: breakdown(c) for c in contenders if c.name in (SLOW, FULL, CEILING)}
+    parts = {c.name: breakdown(c) for c in contenders if c.name in (SLOW, FULL, CEILING)}
     loss_share = overhead = None
     if FULL in by_name:
-        loss_share = phases[FULL]["loss"] / by_name[FULL]["median_step_s"]
+        loss_share = parts[FULL]["loss"] / by_name[FULL]["median_step_s"]
     if CEILING in by_name:
-        parts = by_name[STUDENT]["median_step_s"] + by_name[TEACHER]["median_step_s"]
-        overhead = by_name[CEILING]["median_step_s"] / parts
+        without = by_name[STUDENT]["median_step_s"] + by_name[TEACHER]["median_step_s"]
+        overhead = by_name[CEILING]["median_step_s"] / without
     ratios = {name: quotient("median_images_per_s", FULL, name) for name in (*REFERENCES, SLOW)}
     share = quotient("median_images_per_s", FULL, CEILING)
     targets = [
@@ -188,7 +188,7 @@ def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[
     ]
     return {
         "rows": rows,
-        "breakdown_s": phases,
+        "breakdown_s": parts,
         "ratios_kdav_fast_over": ratios,
         "share_of_ceiling": share,
         "loss_share": loss_share,

@@ -77,13 +77,13 @@ def both(config: Config) -> dict[str, Any]:
     """Losses and accuracy of a run of kdav_fast and of the reference, which is handed that run's batches."""
     accuracy = run_training(config)
     lines = read_metrics(config.run_dir)
-    # Built once more, the parts have the initial weights and deliver the same batches.
-    parts = set_up(config, start_cluster("cpu"))
-    batches = list(islice(chain.from_iterable(repeat(parts.loaders.train)), STEPS))
+    # Built once more, the run has the initial weights and delivers the same batches.
+    again = set_up(config, start_cluster("cpu"))
+    batches = list(islice(chain.from_iterable(repeat(again.loaders.train)), STEPS))
     assert all(batch.valid.all() for batch in batches)
-    network, head = parts.student.network.stock_state_dict(), parts.student.head
+    network, head = again.student.network.stock_state_dict(), again.student.head
     network = {name: tensor.clone() for name, tensor in network.items()}
-    del parts
+    del again
     gc.collect()  # the workers that are forked now must not collect what owns threads
 
     trainer = load_reference().Trainer(config)

@@ -48,24 +48,25 @@ def study():
 
 def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
     sides = set()
-    for images, teacher, target in batches(study, 3, 12, seed=0):
-        left, right = (images[:, 0, 0, side] * 255 for side in (0, -1))
+    for batch, teacher in batches(study, 3, 12, seed=0):
+        left, right = (batch.images[:, 0, 0, side] * 255 for side in (0, -1))
         mirrored = teacher.features[:, 0] >= 100
         position = teacher.features[:, 0] % 100
         torch.testing.assert_close(torch.where(mirrored, right, left), position)
-        assert torch.equal(target.labels, position.long() % CLASSES)
-        assert target.valid.all()
+        assert torch.equal(batch.index, position.long())
+        assert torch.equal(batch.labels, position.long() % CLASSES)
+        assert batch.valid.all()
         sides |= set(mirrored.tolist())
     assert sides == {True, False}
 
 
 def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(study):
-    positions = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
+    positions = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=0)]
     first, second = (list(chain(*epoch)) for epoch in (positions[:3], positions[3:]))
     assert len(set(first)) == len(set(second)) == 9
     assert first != second
-    again = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=0)]
-    other = [(teacher.features[:, 0] % 100).tolist() for _, teacher, _ in batches(study, 3, 6, seed=1)]
+    again = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=0)]
+    other = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=1)]
     assert again == positions != other
 
 
