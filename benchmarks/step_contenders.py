@@ -239,7 +239,10 @@ class Builder:
         def step() -> None:
             taken, seen = take_step(run, batches, 0, clock.part)
             for micro in seen:
-                meter.update(micro.answer, micro.batch)  # as a run's every step does
+                answer = micro.answer
+                meter.update(
+                    answer.logits, micro.batch, answer.total, answer.parts
+                )  # as a run does at every step
             if not taken:
                 raise FloatingPointError(f"{name}: loss or gradient not finite; its steps cannot be compared")
 

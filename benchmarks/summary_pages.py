@@ -8,7 +8,7 @@ from summary_results import Result, Table
 from summary_targets import Target
 from timing import NOISE_LIMIT
 
-from kdav_fast.tracking.report import CSS
+from kdav_fast.tracking.page import CSS
 
 TARGETS = ["what", "target", "measured", ""]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accuracy_data import StudyData
-from accuracy_methods import MAIN, PRESETS, VARIANTS, tasks
+from accuracy_methods import MAIN, PRESETS, tasks
 from accuracy_run import batches, top1
 from PIL import Image
 from safetensors.torch import save_file
@@ -28,14 +28,12 @@ def study():
     """Ten images that show their position on the left; the teacher's answers are position and side."""
     pixels = torch.zeros(COUNT, 4, 4, 3, dtype=torch.uint8)
     pixels[:, :, 0] = torch.arange(COUNT, dtype=torch.uint8)[:, None, None]
+    labels = torch.arange(COUNT) % CLASSES
     answers = torch.stack([torch.arange(COUNT).float(), torch.arange(COUNT) + 100.0])[..., None]
+    splits = {f"{name}_pixels": pixels for name in ("train", "evaluation", "held_out")}
+    splits |= {f"{name}_labels": labels for name in ("train", "evaluation", "held_out")}
     return StudyData(
-        train_pixels=pixels,
-        train_labels=torch.arange(COUNT) % CLASSES,
-        evaluation_pixels=pixels,
-        evaluation_labels=torch.arange(COUNT) % CLASSES,
-        held_out_pixels=pixels,
-        held_out_labels=torch.arange(COUNT) % CLASSES,
+        **splits,
         features=answers.expand(2, COUNT, 5),
         logits=answers.expand(2, COUNT, CLASSES),
         classifier_weight=torch.zeros(CLASSES, 5),
@@ -50,8 +48,7 @@ def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
     sides = set()
     for batch, teacher in batches(study, 3, 12, seed=0):
         left, right = (batch.images[:, 0, 0, side] * 255 for side in (0, -1))
-        mirrored = teacher.features[:, 0] >= 100
-        position = teacher.features[:, 0] % 100
+        mirrored, position = teacher.features[:, 0] >= 100, teacher.features[:, 0] % 100
         torch.testing.assert_close(torch.where(mirrored, right, left), position)
         assert torch.equal(batch.index, position.long())
         assert torch.equal(batch.labels, position.long() % CLASSES)
@@ -61,26 +58,13 @@ def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
 
 
 def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(study):
-    positions = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=0)]
-    first, second = (list(chain(*epoch)) for epoch in (positions[:3], positions[3:]))
+    seen, again, other = (
+        [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=seed)] for seed in (0, 0, 1)
+    )
+    first, second = (list(chain(*epoch)) for epoch in (seen[:3], seen[3:]))
     assert len(set(first)) == len(set(second)) == 9
     assert first != second
-    again = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=0)]
-    other = [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=1)]
-    assert again == positions != other
-
-
-def test_the_first_seeds_of_all_methods_come_first():
-    listed = tasks(PRESETS["cpu"], "torch")
-    assert [task.method for task in listed[: len(MAIN)]] == list(MAIN)
-    assert [task.seed for task in listed[: 3 * len(MAIN)]] == [seed for seed in range(3) for _ in MAIN]
-    assert {task.method for task in listed} == {*MAIN, *VARIANTS}
-    assert {task.lr for task in listed if "lr 0.3" in task.method} == {0.3}
-    assert {task.lr for task in listed if "lr" not in task.method} == {PRESETS["cpu"].lr}
-    assert {task.init for task in listed if "He" in task.method} == {"published"}
-    assert {task.init for task in listed if "He" not in task.method} == {"torch"}
-    assert len({(task.method, task.seed) for task in listed}) == len(listed)
-    assert {task.init for task in tasks(PRESETS["cpu"], "published")} == {"published"}
+    assert again == seen != other
 
 
 def results_of(**top1):
@@ -99,29 +83,24 @@ def results_of(**top1):
 
 
 def test_a_row_has_mean_and_deviation_over_seeds():
-    rows = accuracy.summarize(results_of(KDAV=[70.0, 72.0, 74.0], KD=[69.0]))
-    kd, kdav = rows
+    kd, kdav = accuracy.summarize(results_of(KDAV=[70.0, 72.0, 74.0], KD=[69.0]))
     assert (kd["method"], kd["mean_top1"], kd["std_top1"], kd["held_out_top1"]) == ("KD", 69.0, None, None)
     assert (kdav["mean_top1"], kdav["std_top1"]) == (72.0, statistics.stdev([70, 72, 74]))
-    assert kdav["held_out_top1"] == 71.0
-    assert (kdav["minutes"], kdav["seeds"]) == (2.0, [0, 1, 2])
+    assert (kdav["held_out_top1"], kdav["minutes"], kdav["seeds"]) == (71.0, 2.0, [0, 1, 2])
 
 
 @pytest.mark.parametrize(
     ("kd", "met", "near"), [(69.9, True, False), (70.1, False, True), (71.5, False, False)]
 )
 def test_targets_are_judged_by_the_means(kd, met, near):
-    judged = {
-        t["name"]: t for t in accuracy.targets(accuracy.summarize(results_of(KDAV=[71.0, 73.0], KD=[kd])))
-    }
+    rows = accuracy.summarize(results_of(KDAV=[71.0, 73.0], KD=[kd]))
+    judged = {target["name"]: target for target in accuracy.targets(rows)}
     over_kd = judged["accuracy: KDAV over KD (points of top-1)"]
     assert over_kd["met"] is met
-    reason = "by less than the 1.4 that seeds differ by"
-    assert over_kd.get("reason") == (reason if near else None)
+    assert ("reason" in over_kd) is near  # nearer than the seeds are to each other
     assert over_kd["measured"] == pytest.approx(72 - kd)
     untrained = judged["accuracy: KDAV over SimKD (points of top-1)"]
-    assert untrained["met"] is None
-    assert untrained["measured"] is None
+    assert untrained["met"] is untrained["measured"] is None
 
 
 @pytest.fixture
@@ -154,8 +133,7 @@ def test_held_out_images_are_trained_on_by_nobody(folder, monkeypatch, subset, h
         for label, name in enumerate(("cat", "dog"))
         for path in (folder / "images" / "train" / name).iterdir()
     }
-    pixels = torch.cat([data.train_pixels, data.held_out_pixels])
-    found = [image.numpy().tobytes() for image in pixels]
+    found = [image.numpy().tobytes() for image in torch.cat([data.train_pixels, data.held_out_pixels])]
     assert len(data.train_pixels) == (140 if subset == "null" else int(subset))
     assert len(data.held_out_pixels) == held_out
     assert len(set(found)) == len(found)
@@ -166,70 +144,44 @@ def test_held_out_images_are_trained_on_by_nobody(folder, monkeypatch, subset, h
 def test_accuracy_is_the_percentage_of_images_classified_right(study):
     def guess(images):
         shown = (images[:, 0, 0, 0] * 255).round().long()  # the position, which is the class modulo 3
-        return Outputs(
-            None, torch.eye(CLASSES)[torch.where(shown < 4, shown % CLASSES, (shown + 1) % CLASSES)]
-        )
+        return Outputs(None, torch.eye(CLASSES)[(shown + (shown >= 4)) % CLASSES])
 
     student = torch.nn.Module()
     student.forward = guess
-    arguments = student, study, study.evaluation_pixels, study.evaluation_labels
-    assert top1(*arguments, size=3) == 40.0
+    assert top1(student, study, study.evaluation_pixels, study.evaluation_labels, size=3) == 40.0
     assert top1(student, study, study.evaluation_pixels[:0], study.evaluation_labels[:0]) is None
 
 
 def test_what_an_earlier_attempt_trained_is_found_and_nothing_else(tmp_path):
-    listed = tasks(PRESETS["cpu"], "torch")
+    first, *others = tasks(PRESETS["cpu"], "torch")
     file, circumstances = tmp_path / "students.jsonl", ["teacher", {"width": 0.5}]
-    log = accuracy.Log(file, circumstances)
-    assert log.find(listed[0]) is None
-    log.add(listed[0], {"top1": 50.0})
+    accuracy.Log(file, circumstances).add(first, {"top1": 50.0})
     again = accuracy.Log(file, circumstances)
-    assert again.find(listed[0])["top1"] == 50.0
-    assert not any(again.find(task) for task in listed[1:])
-    wider = accuracy.Log(file, ["teacher", {"width": 1.0}])
-    assert wider.find(listed[0]) is None
-    wider.add(listed[0], {"top1": 60.0})
-    assert accuracy.Log(file, circumstances).find(listed[0])["top1"] == 50.0
+    assert again.find(first)["top1"] == 50.0
+    assert not any(again.find(task) for task in others)
+    assert accuracy.Log(file, ["teacher", {"width": 1.0}]).find(first) is None
 
 
 @pytest.mark.slow
 def test_a_small_run_is_finished_by_the_same_command(folder):
-    arguments = [
-        "--device=cpu",
-        f"--root={folder}/images",
-        f"--teacher={folder}/teacher.safetensors",
-        "--workers=1",
-    ]
-    arguments += [
-        f"--work={folder}/work",
-        "--eager",
-        "--epochs=4",
-        "--train-subset=130",
-        "--variant-seeds=1",
-    ]
-    arguments += [f"--json={folder}/result.json", "--override", *NETWORKS]
+    arguments = ["--device=cpu", f"--root={folder}/images", f"--teacher={folder}/teacher.safetensors"]
+    arguments += ["--workers=1", f"--work={folder}/work", "--eager", "--epochs=4", "--train-subset=130"]
+    arguments += ["--variant-seeds=1", f"--json={folder}/result.json", "--override", *NETWORKS]
     methods = ["--methods", *MAIN, "KDAV, with labels (weight 0.1)"]
-    completed("accuracy.py", [*arguments, "--seeds=1", *methods])
     log = folder / "work" / "students.jsonl"
+    completed("accuracy.py", [*arguments, "--seeds=1", *methods])
     lines = log.read_text().splitlines()
     assert len(lines) == len(MAIN) + 1
-
     completed("accuracy.py", [*arguments, "--seeds=2", *methods])
     assert log.read_text().splitlines()[: len(lines)] == lines
-    assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 1
     record = json.loads((folder / "result.json").read_text())
-    completed("accuracy.py", [*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD"])
-    assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 2  # another student is not the one of the log
     seeds = {row["method"]: row["seeds"] for row in record["rows"]}
-    assert seeds == {
-        **{method: [0, 1] for method in MAIN},
-        "KDAV, with labels (weight 0.1)": [0],
-    }
+    assert seeds == {**{method: [0, 1] for method in MAIN}, methods[-1]: [0]}
     assert all([len(curve) for curve in row["curves"]] == [4] * len(row["seeds"]) for row in record["rows"])
-    assert all(row["held_out_top1"] in [100 * n / 20 for n in range(21)] for row in record["rows"])
     assert record["teacher_top1"] in [100 * n / 8 for n in range(9)]
     assert str(folder) not in json.dumps(record)
-    assert (folder / "result.png").stat().st_size > 0
+    completed("accuracy.py", [*arguments[:-1], "model.width=0.5", "--seeds=1", "--methods", "KD"])
+    assert len(log.read_text().splitlines()) == 2 * len(MAIN) + 2  # another student is not the one of the log
 
 
 @pytest.mark.parametrize(
@@ -237,11 +189,6 @@ def test_a_small_run_is_finished_by_the_same_command(folder):
     [
         (["--root=/nowhere", "--teacher=/nowhere"], "data.root /nowhere is not a folder"),
         (["--root=/nowhere", "--epochs=0"], "--epochs: invalid int above 0 value: '0'"),
-        (["--root=/nowhere", "--methods", "KDVA"], "invalid choice: 'KDVA'"),
-        (
-            ["--root=/nowhere", "--teacher=/nowhere", "--json=missing/result.json"],
-            "the folder missing does not exist",
-        ),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, message):

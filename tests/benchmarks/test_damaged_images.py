@@ -1,6 +1,5 @@
 """The benchmark of damaged images: what it damages, and what it counts."""
 
-import io
 import json
 import runpy
 import sys
@@ -38,23 +37,14 @@ def test_damage_stays_inside_the_codes(photographs, name):
     assert damaged.endswith(b"\xff\xd9")
 
 
-def test_rows_hold_what_is_found_and_what_could_be_seen(photographs, tmp_path, monkeypatch, capsys):
+def test_rows_hold_what_is_found_and_what_could_be_seen(photographs, tmp_path, monkeypatch):
     result = tmp_path / "result.json"
-    arguments = ["damaged_images.py", "--root", str(photographs), "--json", str(result)]
-    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "argv", ["damaged_images.py", f"--root={photographs}", f"--json={result}"])
     runpy.run_path(str(BENCHMARKS / "damaged_images.py"), run_name="__main__")
     written = json.loads(result.read_text())
-    rows = {row["damage"]: row for row in written["rows"]}
-    assert written["images"] == 3
-    assert written["sound_images_refused"] == 0
-    half = rows["cut in half and an end mark added"]
+    assert (written["images"], written["sound_images_refused"]) == (3, 0)
+    half = next(row for row in written["rows"] if row["damage"].startswith("cut in half"))
     assert (half["files"], half["found"], half["visible_not_found"]) == (3, 1.0, 0.0)
-    assert "| cut in half and an end mark added | 3 | 100.0 |" in capsys.readouterr().out
-
-
-def test_progressive_copies_are_progressive(photographs):
-    for image in damaged_images.read_images(photographs, progressive=True):
-        assert Image.open(io.BytesIO(image)).info["progressive"]
 
 
 def test_a_folder_without_photographs(tmp_path, monkeypatch, capsys):

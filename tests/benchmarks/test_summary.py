@@ -1,30 +1,23 @@
-"""The summary shows every result, calls nothing met that was not measured, and repeats itself."""
+"""The summary shows every result, calls nothing met that was not measured, and keeps what is not its own."""
 
 import json
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+from tests.benchmarks.scripts import BENCHMARKS
+
 SCRIPT = BENCHMARKS / "summary.py"
+NAMES = ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale")
 MARKED = "before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
-PIXEL = bytes.fromhex(
-    "89504e470d0a1a0a0000000d4948445200000001000000010800000000"
-    "3a7e9b550000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
-)
 
 
-def environment(benchmark, device="Some <CPU> & more"):
-    return {
-        "device": device,
-        "threads": 2,
-        "date": "2026-01-02 03:04 UTC",
-        "versions": {"torch": "9.9.9"},
-        "command": f"python benchmarks/{benchmark}.py --x <y>",
-    }
+def environment(benchmark):
+    command = f"python benchmarks/{benchmark}.py --x <y>"
+    fixed = {"device": "Some <CPU> & more", "threads": 2, "date": "2026-01-02 03:04 UTC"}
+    return {**fixed, "versions": {"torch": "9.9.9"}, "command": command}
 
 
 def spread(value, unit):
@@ -34,11 +27,9 @@ def spread(value, unit):
 def loss_rows(shape, times, **changes):
     """Rows of one shape; times in seconds by implementation."""
     fixed = {"shape": f"{shape} ids", "posterior": "ids", "pass": "full", "gradient_error": 1e-3}
+    fixed |= {"extra_mib": 100.0, "times_roofline": 2.0, "speed_over_eager_fp32": 1.0}
     return [
-        fixed
-        | spread(seconds, "s")
-        | {"implementation": name, "extra_mib": 100.0, "times_roofline": 2.0, "speed_over_eager_fp32": 1.0}
-        | changes.get(name, {})
+        {**fixed, **spread(seconds, "s"), "implementation": name, **changes.get(name, {})}
         for name, seconds in times.items()
     ]
 
@@ -49,25 +40,32 @@ def write(folder, name, data):
 
 
 def loader_rows(ratio=3.0):
+    names = {"torchvision": 100.0, "dali <b>cpu</b>": 100.0 * ratio}
     return {
         "settings": {"batch_size": 4},
-        "rows": [
-            {"loader": "torchvision", **spread(100.0, "images_per_s")},
-            {"loader": "dali <b>cpu</b>", **spread(100.0 * ratio, "images_per_s")},
-        ],
+        "rows": [{"loader": name, **spread(rate, "images_per_s")} for name, rate in names.items()],
         "ratio_dali_cpu_over_torchvision": ratio,
         "ratio_dali_gpu_over_torchvision": None,
         "noise": 0.2,
     }
 
 
+def step_rows(**rates):
+    rows = [{"contender": name, **spread(rate, "images_per_s")} for name, rate in rates.items()]
+    return {
+        "rows": rows,
+        "breakdown_s": {"kdav_fast": {"teacher": 0.5, "communication": None}},
+        "noise": 0.01,
+    }
+
+
 @pytest.fixture
 def folder(tmp_path):
-    """One small result of every benchmark, a picture and a page with markers."""
+    """One small result of every benchmark and a page with markers."""
     times = {"eager fp32": 0.8, "eager bf16": 0.9, "compile": 0.6, "chunked": 0.5}
     write(tmp_path, "loss_kernel_cpu", {"rows": loss_rows("B256 d512 L65536 K1000", times)})
     write(tmp_path, "data_pipeline_cpu", loader_rows())
-    target = {
+    missed = {
         "name": "over the reference",
         "target": 4.0,
         "measured": 2.5,
@@ -75,19 +73,10 @@ def folder(tmp_path):
         "reason": "no JPEG unit",
     }
     unknown = {"name": "a GPU's", "target": ">= 90 %", "measured": None, "met": None, "reason": "no GPU"}
-    rows = [{"contender": name, **spread(50.0, "images_per_s")} for name in ("reference", "kdav_fast")]
-    step = {
-        "rows": rows,
-        "breakdown_s": {"kdav_fast": {"teacher": 0.5, "communication": None}},
-        "targets": [target, unknown],
-        "noise": 0.01,
-    }
+    step = step_rows(reference=50.0, kdav_fast=50.0) | {"targets": [missed, unknown]}
     write(tmp_path, "training_step_cpu", step)
-    methods = [
-        {"method": m, "settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
-        | {"held_out_top1": held_out}
-        for m, held_out in (("kd", None), ("kdav", 71.5))
-    ]
+    method = {"settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
+    methods = [{**method, "method": m, "held_out_top1": top1} for m, top1 in (("kd", None), ("kdav", 71.5))]
     met = {"name": "KDAV over KD", "target": ">= 2.0", "measured": 2.5, "met": True}
     write(tmp_path, "accuracy_cpu", {"rows": methods, "targets": [met], "teacher_top1": 86.0})
     pieces = {"compute": 0.1, "gradients": 0.01, "data": 0.0}
@@ -95,7 +84,6 @@ def folder(tmp_path):
     scaled |= {"error_percent": -8.3, "images_per_s": 20.0}
     line = [{"series": "GPUs", "processes": n, "efficiency": 0.5} for n in (1, 8, 64, 1024)]
     write(tmp_path, "scale_cpu", {"rows": [scaled], "curves": line})
-    (tmp_path / "scale_cpu.png").write_bytes(PIXEL)
     (tmp_path / "page.md").write_text(MARKED)
     return tmp_path
 
@@ -127,9 +115,8 @@ def states(summary):
 def test_the_page_shows_every_result_as_text_and_opens_offline(folder, summarise):
     assert summarise()[0] == 0
     text = (folder / "report.html").read_text()
-    for name in ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"):
-        assert f"<h2>{name}" in text
-        assert f"<h2>{name}</h2>\n<p>Not measured" not in text
+    assert all(f"<h2>{name}" in text for name in NAMES)
+    assert "<p>Not measured" not in text
     row = re.search(r"<tr><t[dh]>dali &lt;b&gt;cpu&lt;/b&gt;<.*?</tr>", text, re.DOTALL)[0]
     assert re.findall(r">([\d.]+)<", row) == [
         "300",
@@ -140,7 +127,6 @@ def test_the_page_shows_every_result_as_text_and_opens_offline(folder, summarise
     assert "<b>" not in text
     assert "--x &lt;y&gt;" in text
     assert "://" not in text
-    assert re.findall(r'src="([^"]{22})', text) == ["data:image/png;base64,"]
     assert "too noisy" in text  # 0.2 of the loaders
 
 
@@ -181,13 +167,12 @@ def test_the_kernel_is_judged_by_the_worse_posterior(folder, summarise):
 
 def test_the_page_gets_the_summary_and_keeps_the_rest(folder, summarise):
     summarise()
-    once = (folder / "page.md").read_text()
-    assert once.startswith("before\n<!-- benchmarks:begin -->\n")
-    assert once.endswith("<!-- benchmarks:end -->\nafter\n")
-    assert "old" not in once.split("**")[0]
-    assert (folder / "summary.md").read_text().strip() in once
+    page = (folder / "page.md").read_text()
+    assert page.startswith("before\n<!-- benchmarks:begin -->\n")
+    assert page.endswith("<!-- benchmarks:end -->\nafter\n")
+    assert (folder / "summary.md").read_text().strip() in page
     summarise()
-    assert (folder / "page.md").read_text() == once
+    assert (folder / "page.md").read_text() == page
 
 
 def test_missing_results_are_not_measured(folder, summarise):
@@ -196,9 +181,6 @@ def test_missing_results_are_not_measured(folder, summarise):
     assert summarise()[0] == 0
     found = states((folder / "summary.md").read_text())
     assert not {"met", "missed"} & set(found.values())
-    text = (folder / "report.html").read_text()
-    for name in ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale"):
-        assert f"<h2>{name}</h2>\n<p>Not measured.</p>" in text
 
 
 @pytest.mark.parametrize(
@@ -206,7 +188,6 @@ def test_missing_results_are_not_measured(folder, summarise):
     [
         ("data_pipeline_cpu.json", "{"),
         ("loss_kernel_cpu.json", json.dumps({"environment": environment("x"), "rows": [{}]})),
-        ("scale_cpu.json", json.dumps({"environment": environment("x"), "rows": [], "curves": []})),
     ],
 )
 def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, content):
@@ -219,38 +200,18 @@ def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, conten
     assert not (folder / "report.html").exists()
 
 
-def test_a_page_without_its_markers_says_what_to_add(folder, summarise):
-    (folder / "page.md").write_text("no markers\n")
-    code, _, message = summarise()
-    assert code == 2
-    assert "'<!-- benchmarks:begin -->' and '<!-- benchmarks:end -->'" in message
-
-
 def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
     """Times twice as long and rates half as high, but one rate a quarter."""
     old = tmp_path_factory.mktemp("old")
-    for path in folder.glob("*.json"):
-        (old / path.name).write_bytes(path.read_bytes())
-    write(folder, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 1.2})})
-    write(old, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": 0.6})})
-    rates = {"reference": (50.0, 25.0), "kdav_fast": (100.0, 50.0), "kdav_fast synthetic": (200.0, 50.0)}
-    for place, target in enumerate((old, folder)):
-        rows = [{"contender": name, **spread(r[place], "images_per_s")} for name, r in rates.items()]
-        write(target, "training_step_cpu", {"rows": rows, "breakdown_s": {}, "noise": 0.01})
+    write(old, "data_pipeline_cpu", loader_rows() | {"settings": {"batch_size": 8}})
+    for place, seconds, rates in ((old, 0.6, (50.0, 100.0, 200.0)), (folder, 1.2, (25.0, 50.0, 50.0))):
+        write(place, "loss_kernel_cpu", {"rows": loss_rows("B8 d8 L8 K8", {"compile": seconds})})
+        names = ("reference", "kdav_fast", "kdav_fast synthetic")
+        write(place, "training_step_cpu", step_rows(**dict(zip(names, rates, strict=True))))
     _, printed, _ = summarise("--compare", str(old))
     assert "loss_kernel_cpu.json: as a whole -50.0 % in speed" in printed
     assert "training_step_cpu.json: as a whole -50.0 % in speed" in printed
-    assert "data_pipeline_cpu.json: as a whole +0.0 % in speed" in printed
-    aside, verdict = printed.splitlines()[-2:]
-    assert re.fullmatch(
-        r"that taken out, 1 of \d+ medians differ by more than 10 %, the most by 50.0 %", aside
-    )
-    assert re.match(r"\d+ of \d+ medians differ by more than 10 %, the most by 1\d\d\.\d %", verdict)
-
-
-def test_results_with_other_settings_are_not_compared(folder, summarise, tmp_path_factory):
-    old = tmp_path_factory.mktemp("old")
-    write(old, "data_pipeline_cpu", loader_rows() | {"settings": {"batch_size": 8}})
-    _, printed, _ = summarise("--compare", str(old))
     assert "data_pipeline_cpu.json: not compared, other settings" in printed
-    assert "no median is in both folders" in printed.splitlines()[-1]
+    aside, verdict = printed.splitlines()[-2:]
+    assert "1 of 4 medians differ by more than 10 %, the most by 50.0 %" in aside
+    assert verdict.startswith("4 of 4 medians differ by more than 10 %")
