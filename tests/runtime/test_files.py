@@ -1,4 +1,4 @@
-"""What a reader finds at any moment of a write; test_checkpoint_saving.py holds that it reaches the disk."""
+"""What a reader finds at any moment of a write; tests/checkpoint/test_saving.py holds that it reaches the disk."""
 
 import errno
 import os
