@@ -169,12 +169,12 @@ class CheckpointFolders:
 
     def _name(self, step: int, temporary: Path) -> None:
         folder = self._root / f"step-{step:08d}"
-        if (
-            folder.exists()
-        ):  # before distillation, every save is of step 0; a crash in here begins the run anew
-            _remove(folder)
+        # Before distillation, every save is of step 0; a crash between the two renames begins the run anew.
+        former = _set_aside(folder) if folder.exists() else None
         temporary.rename(folder)
         self._point_to(folder)
+        if former is not None:
+            shutil.rmtree(former, ignore_errors=True)
 
     def _point_to(self, folder: Path) -> None:
         write_whole(self._root / LATEST, f"{folder.name}\n")
@@ -208,8 +208,12 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     """So that a crash leaves no half of a checkpoint."""
-    nameless = folder.rename(folder.with_name(f"{folder.name}-old{TEMPORARY}"))
-    shutil.rmtree(nameless, ignore_errors=True)
+    shutil.rmtree(_set_aside(folder), ignore_errors=True)
+
+
+def _set_aside(folder: Path) -> Path:
+    """Take its name from a checkpoint."""
+    return folder.rename(folder.with_name(f"{folder.name}-old{TEMPORARY}"))
 
 
 def _write_all(folder: Path, contents: Mapping[str, bytes]) -> dict[str, dict[str, Any]] | str:

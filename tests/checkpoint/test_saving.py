@@ -141,6 +141,26 @@ def test_a_crash_at_any_moment_leaves_a_whole_newest_checkpoint(root, monkeypatc
     assert steps_in(root) == [3]
 
 
+def test_a_crash_while_a_step_is_saved_again_leaves_the_former_or_the_new(root, monkeypatch):
+    """But for one moment, between the renames."""
+    machine, found = Machine(monkeypatch), []
+    for calls in itertools.count(1):
+        shutil.rmtree(root, ignore_errors=True)
+        folders = folders_in(root)
+        save(folders, 0, score=1.0)
+        machine.stop_after(calls)
+        try:
+            save(folders, 0, score=2.0)
+            break
+        except Crash:
+            machine.restart(root)
+        _, manifest = folders_in(root).newest_intact() or (None, {"score": None})
+        found.append(manifest["score"])
+    assert [score for score, _ in itertools.groupby(found)] == [1.0, None, 2.0]
+    assert found.count(None) == 1
+    assert sorted(path.name for path in root.iterdir()) == ["latest", "step-00000000"]
+
+
 def test_what_an_interrupted_save_left_is_removed_by_the_next(root):
     (root / "step-00000001.tmp").mkdir(parents=True)
     (root / "step-00000001.tmp" / PIECES).write_bytes(b"half")
