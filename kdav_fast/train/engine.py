@@ -16,6 +16,7 @@ from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError, one_line
 from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import Cluster
+from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
 
 
@@ -39,7 +40,7 @@ def micro_batch_size(config: TrainConfig, world: int) -> int:
 
 
 def start_engine(
-    module: nn.Module,
+    module: Trainee,
     optimizer: torch.optim.Optimizer,
     config: TrainConfig,
     cluster: Cluster,
@@ -76,7 +77,7 @@ class Engine(ABC):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Trainee,
         optimizer: torch.optim.Optimizer,
         config: TrainConfig,
         cluster: Cluster,
@@ -244,6 +245,16 @@ class _StepsElsewhere(torch.optim.Optimizer):
 
 class ShardedEngine(Engine):
     """ZeRO stages 1 to 3."""
+
+    def _initialize(self, config: TrainConfig, cluster: Cluster, dtype: torch.dtype | None) -> Any:
+        engine = super()._initialize(config, cluster, dtype)
+        if self.zero_stage == 3:
+            # The loss may use them without calling their modules. DeepSpeed notices that of a weight that is sharded at
+            # that moment; a small one is whole after a restart and sharded after a save, and noticing it then is an
+            # error.
+            for parameter in self.module.learned.parameters():
+                self._deepspeed.zero.register_external_parameter(self.module, parameter)
+        return engine
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
