@@ -97,6 +97,7 @@ def whole(make_run):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("method", added_methods.NAMES)
 def test_broken_off_in_each_phase_it_ends_as_if_unbroken(method, setting, make_run, whole):
@@ -112,6 +113,7 @@ def test_broken_off_in_each_phase_it_ends_as_if_unbroken(method, setting, make_r
     assert student == other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", added_methods.NAMES)
 def test_sharded_it_reaches_the_same_losses(method, whole):
     plain, sharded = (
