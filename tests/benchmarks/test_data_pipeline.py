@@ -27,7 +27,7 @@ def test_the_ratios_are_quotients_of_the_medians(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--root", "empty"], "holds no images"),
+        (["--root", "empty"], "empty has no class folders"),
         (["--root", "nowhere"], "nowhere cannot be read"),
         (["--cores", "100000"], "--cores is 100000"),
         (["--json", "missing/result.json"], "the folder missing does not exist"),
