@@ -109,7 +109,7 @@ def test_kernels_need_torch_and_triton_only():
     ("package", "files"),
     [
         # Of the two in train/, one runs it and one holds a user's settings against its schema.
-        ("deepspeed", {"train.engine", "train.deepspeed_file"}),
+        ("deepspeed", {"train.engine.engine", "train.engine.file"}),
         ("nvidia", {"data.dali", "data.dali_graph", "data.cpu_decoder", "doctor.decoding"}),
     ],
 )

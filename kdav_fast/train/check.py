@@ -12,11 +12,11 @@ from kdav_fast.config import Config
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.precision import dtype_name
 from kdav_fast.runtime.processes import Cluster, start_cluster
-from kdav_fast.train.beginning import settled_config
 from kdav_fast.train.checkpoints import Checkpoints, Position
-from kdav_fast.train.extension import extension_line, is_complete
+from kdav_fast.train.folder.beginning import settled_config
+from kdav_fast.train.folder.config import config_facts
+from kdav_fast.train.folder.extension import extension_line, is_complete
 from kdav_fast.train.run import Run
-from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.step import MicroBatch, find_gradients
 

@@ -11,14 +11,14 @@ from kdav_fast.runtime.run_lock import RunLock
 from kdav_fast.runtime.stopping import StopRequest
 from kdav_fast.tracking.class_results import ClassTally
 from kdav_fast.tracking.meter import TrainMeter
-from kdav_fast.train.beginning import complete_accuracy, settled_config, write_beginning
 from kdav_fast.train.checkpoints import Checkpoints, Position
-from kdav_fast.train.extension import extension_line, is_complete
+from kdav_fast.train.folder.beginning import complete_accuracy, settled_config, write_beginning
+from kdav_fast.train.folder.config import config_facts
+from kdav_fast.train.folder.extension import extension_line, is_complete
+from kdav_fast.train.folder.record import Record
+from kdav_fast.train.folder.results import write_missing_report, write_results
 from kdav_fast.train.phases import PhasePosition, run_phases
-from kdav_fast.train.record import Record
-from kdav_fast.train.results import write_missing_report, write_results
 from kdav_fast.train.run import Run
-from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step

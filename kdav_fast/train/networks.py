@@ -21,7 +21,7 @@ from kdav_fast.runtime.precision import autocast_dtype, check_image_dtype
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.file import find_student_file, read_stock_weights
 from kdav_fast.teachers.frozen import FrozenTeacher
-from kdav_fast.train.engine import shard_for_inference
+from kdav_fast.train.engine.engine import shard_for_inference
 from kdav_fast.train.same_everywhere import require_same_network
 
 

@@ -22,7 +22,7 @@ from kdav_fast.student.trainee import Trainee
 from kdav_fast.teachers.first_answers import FirstAnswers
 from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.tracking.class_results import ClassTally
-from kdav_fast.train.engine import Engine, start_engine
+from kdav_fast.train.engine.engine import Engine, start_engine
 from kdav_fast.train.optimizer import build_optimizer
 
 

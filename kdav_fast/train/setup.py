@@ -21,11 +21,11 @@ from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.student import Student
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.teachers.first_answers import FirstAnswers
-from kdav_fast.train.engine import micro_batch_size
+from kdav_fast.train.engine.engine import micro_batch_size
+from kdav_fast.train.folder.data import check_run_data
 from kdav_fast.train.mixing import build_mix
 from kdav_fast.train.networks import build_network, build_teacher, shapes_of, take_stages
 from kdav_fast.train.run import Run
-from kdav_fast.train.run_data import check_run_data
 from kdav_fast.train.same_everywhere import require_same_network, same_images
 from kdav_fast.train.schedule import lr_factor
 from kdav_fast.train.trial import try_training_step

@@ -10,9 +10,9 @@ from kdav_fast.inference.evaluate import evaluate_file
 from kdav_fast.runtime import precision
 from kdav_fast.runtime.precision import autocast_dtype, resolve_precision
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.train.beginning import settled_config
+from kdav_fast.train.folder.beginning import settled_config
+from kdav_fast.train.folder.config import write_run_config
 from kdav_fast.train.loop import run_training
-from kdav_fast.train.run_folder import write_run_config
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,7 +10,7 @@ from kdav_fast.cli import main  # it quiets torch, which the others load
 from kdav_fast.checkpoint import folders as checkpoint_folders
 from kdav_fast.train import loop, setup
 from kdav_fast.train.checkpoints import Checkpoints
-from kdav_fast.train.engine import Engine
+from kdav_fast.train.engine.engine import Engine
 
 MOMENTS: dict[str, tuple[Any, str]] = {
     "looking at the images": (setup, "same_images"),

@@ -22,8 +22,9 @@ from kdav_fast.cli import main
 from kdav_fast.runtime.stopping import STOPPED
 from kdav_fast.student.heads import EmbeddingHead
 from kdav_fast.tracking.metrics_log import MetricsLog
-from kdav_fast.train import loop, results
-from kdav_fast.train.engine import Engine
+from kdav_fast.train import loop
+from kdav_fast.train.engine.engine import Engine
+from kdav_fast.train.folder import results
 
 GRACE = 1.0
 """Seconds that the others have to end by themselves after a rank has died, as a launcher gives them."""

@@ -16,7 +16,7 @@ from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.student.student import Student
 from kdav_fast.student.trainee import Trainee
-from kdav_fast.train.engine import start_engine
+from kdav_fast.train.engine.engine import start_engine
 from kdav_fast.train.optimizer import build_optimizer
 
 STEPS, ROWS, CLASSES = 4, 8, 4

@@ -14,7 +14,7 @@ from typing import Any
 from kdav_fast.cli import main
 from kdav_fast.distillers.kdav import KDAV
 from kdav_fast.teachers.frozen import FrozenTeacher
-from kdav_fast.train.engine import Engine
+from kdav_fast.train.engine.engine import Engine
 
 NAN = float("nan")
 

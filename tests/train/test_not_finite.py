@@ -18,7 +18,7 @@ from kdav_fast.student.student import Student
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train import loop, networks
-from kdav_fast.train.engine import start_engine
+from kdav_fast.train.engine.engine import start_engine
 from kdav_fast.train.optimizer import build_optimizer
 from kdav_fast.train.skipped_steps import SkippedSteps
 from tests.train import processes

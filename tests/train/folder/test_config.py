@@ -4,7 +4,7 @@ import pytest
 
 from kdav_fast.config import load_config
 from kdav_fast.errors import InputError
-from kdav_fast.train.run_folder import check_run_folder, config_facts, write_run_config
+from kdav_fast.train.folder.config import check_run_folder, config_facts, write_run_config
 
 RUN = ["teacher.name=cifar:resnet8", "distiller.name=kdav", "train.precision=fp32"]
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from kdav_fast.config import TrainConfig
-from kdav_fast.train.deepspeed_file import LOGGED, read_settings
+from kdav_fast.train.engine.file import LOGGED, read_settings
 
 _LARGEST_BUCKET = 500_000_000
 _NAMES = {

@@ -10,13 +10,13 @@ import torch
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
+from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
+from kdav_fast.train.folder.config import config_facts
 from kdav_fast.train.loop import run_training
-from kdav_fast.train.run_folder import config_facts
 from kdav_fast.train.setup import set_up
 
 PARAMETERS = 1234
-EXAMPLES = sorted((Path(__file__).resolve().parents[2] / "launch" / "deepspeed").glob("*.json"))
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "launch" / "deepspeed").glob("*.json"))
 
 
 @pytest.fixture

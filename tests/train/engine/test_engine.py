@@ -14,7 +14,7 @@ from kdav_fast.models import build_classifier
 from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.student.student import Student
 from kdav_fast.student.trainee import Trainee
-from kdav_fast.train.engine import start_engine
+from kdav_fast.train.engine.engine import start_engine
 from kdav_fast.train.optimizer import build_optimizer
 
 CPU = torch.device("cpu")

@@ -3,7 +3,7 @@
 import pytest
 
 from kdav_fast.student.file import read_student
-from kdav_fast.train import results
+from kdav_fast.train.folder import results
 from kdav_fast.train.loop import run_training
 
 

@@ -17,7 +17,7 @@ from kdav_fast.errors import InputError, one_line
 from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.trainee import Trainee
-from kdav_fast.train.deepspeed_config import deepspeed_config, shows_in_log
+from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
 
 
 def _import_deepspeed(device: torch.device):

@@ -12,7 +12,7 @@ from kdav_fast.config import DataConfig
 from kdav_fast.errors import InputError
 from kdav_fast.student.file import StudentCard, read_student, write_student
 from kdav_fast.tracking.metrics_log import read_metrics
-from kdav_fast.train.extension import is_complete
+from kdav_fast.train.folder.extension import is_complete
 from kdav_fast.train.loop import run_training
 from tests.train.interrupt import stop_after
 

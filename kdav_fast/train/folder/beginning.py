@@ -5,10 +5,10 @@ from kdav_fast.inference.evaluate import Accuracy, evaluate
 from kdav_fast.runtime.precision import autocast_dtype
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.file import read_student
-from kdav_fast.train.extension import check_extension
+from kdav_fast.train.folder.config import check_run_folder, precision_of_run, write_run_config
+from kdav_fast.train.folder.data import write_run_data
+from kdav_fast.train.folder.extension import check_extension
 from kdav_fast.train.run import Run
-from kdav_fast.train.run_data import write_run_data
-from kdav_fast.train.run_folder import check_run_folder, precision_of_run, write_run_config
 from kdav_fast.train.setup import build_run_loaders, find_data
 
 

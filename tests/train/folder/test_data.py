@@ -8,8 +8,8 @@ from kdav_fast.data.fingerprint import fingerprint
 from kdav_fast.data.sources.digits import prepare_digits
 from kdav_fast.data.sources.folder import open_folder
 from kdav_fast.errors import InputError
+from kdav_fast.train.folder.data import FILE_NAME, check_run_data, write_run_data
 from kdav_fast.train.loop import run_training
-from kdav_fast.train.run_data import FILE_NAME, check_run_data, write_run_data
 from tests.train.interrupt import stop_after
 
 

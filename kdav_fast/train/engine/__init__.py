@@ -1,0 +1,1 @@
+"""DeepSpeed around what is trained, and the settings that it takes."""
