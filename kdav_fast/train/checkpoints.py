@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdav_fast.checkpoint.folders import CheckpointFolders
 from kdav_fast.checkpoint.pieces import restore_training_state, training_state
-from kdav_fast.errors import InputError, named
+from kdav_fast.errors import InputError, named, one_line
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.file import CHECKPOINTS, FILE_NAME, student_bytes
+from kdav_fast.train.folder.config import config_digest
 from kdav_fast.train.phases import PhasePosition, Restored, momentum
 from kdav_fast.train.run import Run
 
@@ -138,7 +139,31 @@ class Checkpoints:
         return {_DISTILLER: save(_portable(self._run.distiller.state_dict()))}
 
     def _begin(self, step: int, contents: dict[str, bytes], facts: dict[str, Any]) -> None:
-        self._folders.begin(step, contents, {"format": _FORMAT, "world": self._run.cluster.world, **facts})
+        self._folders.begin(step, contents, {"format": _FORMAT, **self._identity(), **facts})
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be of this run; of `world`, see `restore`."""
+        run = self._run
+        return {
+            "world": run.cluster.world,
+            "distiller": run.config.distiller.name,
+            "config": config_digest(run.config),
+            "teacher": run.teacher_checksum,
+        }
+
+    def _check_identity(self, folder: Path, manifest: dict[str, Any]) -> None:
+        here = self._identity()
+        if manifest.get("config") != here["config"]:
+            raise InputError(
+                f"{folder} is of another run, with distiller.name '{manifest.get('distiller')}' or other settings than "
+                "config.yaml beside it says; put the run's own checkpoints back, or start anew in another run_dir"
+            )
+        if manifest.get("teacher") != here["teacher"]:
+            raise InputError(
+                f"{folder} was written with another teacher than the weights in teacher.checkpoint are now "
+                f"(checksum {manifest.get('teacher')} there, {here['teacher']} here); put the former ones back, or "
+                "start anew in another run_dir"
+            )
 
     def restore(self) -> Position | None:
         """Restore the newest intact checkpoint, starting the engine if distillation had begun; None if there is none.
@@ -160,9 +185,12 @@ class Checkpoints:
                 f"{folder} is of a run that another version of kdav_fast began, which this one cannot continue; finish "
                 "it with that version, or start anew in another run_dir"
             )
+        self._check_identity(folder, manifest)
         try:
             return _Restoration(self._run, folder, manifest).restore()
-        except (SafetensorError, UnicodeDecodeError, json.JSONDecodeError, KeyError) as error:
+        except InputError:
+            raise
+        except (SafetensorError, ValueError, TypeError, LookupError) as error:
             raise InputError(
                 f"{folder} is what its manifest says, but no checkpoint that this version can read "
                 f"({named(error)}); remove it to continue from an earlier one, or start anew in another run_dir"
@@ -225,7 +253,7 @@ class _Restoration:
         run, rank = self._run, self._run.cluster.rank
         state = self._rank_state(rank)
         self._restore_distiller()
-        run.trainee.learned.load_state_dict(self._tensors(_LEARNED))
+        self._load(run.trainee.learned, _LEARNED)
         buffers = self._tensors(_buffers_file(rank), "cpu")
         _restore_buffers(run, [buffers])
         number = self._manifest["phase"]
@@ -237,8 +265,18 @@ class _Restoration:
         return Position(None, PhasePosition(number, self._manifest["batches"], restored=restored))
 
     def _restore_distiller(self) -> None:
+        self._load(self._run.distiller, _DISTILLER)
+
+    def _load(self, module: nn.Module, name: str) -> None:
         # By way of the host: what is kept there may not fit the device, and loading copies into place.
-        self._run.distiller.load_state_dict(self._tensors(_DISTILLER, "cpu"))
+        try:
+            module.load_state_dict(self._tensors(name, "cpu"))
+        except RuntimeError as error:
+            raise InputError(
+                f"{self._folder}: {name} is of another form than what distiller.name "
+                f"'{self._run.config.distiller.name}' keeps now ({one_line(error)}); continue with the version that "
+                "wrote it, or start anew in another run_dir"
+            ) from None
 
     def _rank_state(self, rank: int) -> dict[str, Any]:
         return json.loads(self._file(_rank_file(rank)).read_text(encoding="utf-8"))
@@ -279,6 +317,8 @@ def _restore_buffers(run: Run, saved: list[dict[str, Tensor]]) -> None:
     sums = _sums(run)
     for name, buffer in _buffers(run).items():
         values = torch.stack([state[name] for state in saved])
+        if values.shape[1:] != buffer.shape:
+            raise ValueError(f"{name} is of another shape")
         if len(saved) == 1 or not buffer.is_floating_point():
             buffer.copy_(values[0])
         elif name in sums:

@@ -113,6 +113,8 @@ class BuiltTeacher(NamedTuple):
     shapes: Shapes
     classifier: nn.Linear | None
     """Its last layer, if it has one."""
+    checksum: str
+    """Of its weights."""
 
 
 def build_teacher(
@@ -145,7 +147,7 @@ def build_teacher(
     if config.teacher.precision != "train":
         dtype = autocast_dtype(config.teacher.precision, cluster.device, "teacher.precision")
         check_image_dtype(config.data.dtype, dtype, "teacher.precision")
-    require_same_network(cluster, network, "teacher", dtype)
+    checksum = require_same_network(cluster, network, "teacher", dtype)
     if config.teacher.sharded:
         shard_for_inference(network, cluster)
     else:
@@ -153,7 +155,9 @@ def build_teacher(
     if config.teacher.compile:
         network.compile()
     renormalize = renormalization(normalization, known or normalization)
-    return BuiltTeacher(FrozenTeacher(network, renormalize, cluster.device, dtype), shapes, classifier)
+    return BuiltTeacher(
+        FrozenTeacher(network, renormalize, cluster.device, dtype), shapes, classifier, checksum
+    )
 
 
 def _configured(config: ModelConfig) -> Normalization | None:

@@ -39,6 +39,8 @@ class Run:
     loaders: Loaders
     normalization: Normalization
     teacher: FrozenTeacher | None
+    teacher_checksum: str | None
+    """Of its weights, whole."""
     first_answers: FirstAnswers | None
     """Of the teacher, where there is one."""
     distiller: Distiller

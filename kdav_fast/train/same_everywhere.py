@@ -33,23 +33,27 @@ def same_images(cluster: Cluster, splits: Iterable[ImageSet]) -> Fingerprint:
 
 def require_same_network(
     cluster: Cluster, network: nn.Module, section: str, dtype: torch.dtype | None
-) -> None:
-    """Raise `InputError` on all processes unless they have the same weights and compute in the same precision.
+) -> str:
+    """The checksum of a network's weights, after all processes have compared theirs, and their precision.
 
     Args:
         cluster: the run's processes.
         network: with whole weights.
         section: of the config; the weights are those of its `checkpoint`, or what it has loaded or drawn.
         dtype: in which the network is to compute; None for float32.
+
+    Raises:
+        InputError: on all processes, if they differ.
     """
-    if cluster.world > 1:
-        precision = str(dtype or torch.float32).removeprefix("torch.")
-        cluster.agree(
-            {
-                f"the checksum of the {section}'s weights": digest(network),
-                f"the {section}'s precision": precision,
-            }
-        )
+    checksum = digest(network)
+    precision = str(dtype or torch.float32).removeprefix("torch.")
+    cluster.agree(
+        {
+            f"the checksum of the {section}'s weights": checksum,
+            f"the {section}'s precision": precision,
+        }
+    )
+    return checksum
 
 
 def digest(network: nn.Module) -> str:

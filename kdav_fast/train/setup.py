@@ -80,6 +80,11 @@ def set_up(config: Config, cluster: Cluster) -> Run:
             device=device,
         ),
     ).to(device)
+    if (train.mixup > 0 or train.cutmix > 0) and distiller.order.count > 1:
+        raise InputError(
+            f"train.mixup and train.cutmix do not go with distiller.name '{method.name}', which sees each image in "
+            f"{distiller.order.count} views; set them to 0"
+        )
     for remark in distiller.remarks():
         cluster.say(remark)
     student = Student(network, distiller.head()).to(device)
@@ -112,6 +117,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
         loaders=loaders,
         normalization=normalization,
         teacher=built and built.teacher,
+        teacher_checksum=built and built.checksum,
         first_answers=built and FirstAnswers(built.teacher, _source(config), cluster),
         distiller=distiller,
         learned=learned,

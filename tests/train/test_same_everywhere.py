@@ -129,8 +129,8 @@ def test_other_weights_are_named(part):
 
 
 def test_another_precision_is_named():
-    dtypes = [None, None, torch.bfloat16]
-    lines = on_all(lambda c: require_same_network(c, network(), "model", dtypes[c.rank]))
+    dtypes, one = [None, None, torch.bfloat16], network()
+    lines = on_all(lambda c: require_same_network(c, one, "model", dtypes[c.rank]))
     assert "the model's precision is float32 on rank 0" in lines[0]
     assert f"bfloat16 on {NAMES[2]}" in lines[0]
 

@@ -49,7 +49,8 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
         )
     may_change = keys_marked(Mark.MAY_CHANGE, config)
     epochs, wanted = there["train.epochs"], here["train.epochs"]
-    for key in sorted(there.keys() | here.keys()):
+    # First of all the method: its keys mean nothing to another one.
+    for key in sorted(there.keys() | here.keys(), key=lambda key: (key != "distiller.name", key)):
         if there.get(key) == here.get(key) or key in may_change:
             continue
         remedy = "use the same value to continue that run, or another run_dir"
@@ -66,6 +67,15 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
             f"{here.get(key)!r} here; {remedy}"
         )
     return epochs if wanted > epochs else None
+
+
+def config_digest(config: Config) -> str:
+    """Of every key that must be the same for a checkpoint to mean the same run, however long that is to be."""
+    # What precision `auto` stands for, each start finds for itself.
+    may_change = keys_marked(Mark.MAY_CHANGE, config) | {"train.epochs", "train.precision"}
+    keys = sorted(flat(config.model_dump(mode="json")).items())
+    content = repr([(key, value) for key, value in keys if key not in may_change])
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def precision_of_run(config: Config, device: torch.device) -> Format:

@@ -44,7 +44,7 @@ def test_where_and_how_fast_it_runs_may_change(start, override):
         ("teacher.precision=bf16", "teacher.precision is 'train' there and 'bf16' here"),
         ("distiller.kappa_student=9", "distiller.kappa_student is 10.0 there and 9.0 here"),
         ("distiller.impl=chunked", "distiller.impl is 'auto' there and 'chunked' here"),  # rounds otherwise
-        ("distiller.name=kd", "distiller.alpha is None there and 0.9 here"),
+        ("distiller.name=kd", "distiller.name is 'kdav' there and 'kd' here"),
     ],
 )
 def test_what_it_computes_may_not(start, override, said):
