@@ -15,7 +15,7 @@ from kdav_fast.config.section import Section
 from kdav_fast.config.training import TrainConfig
 
 _HOME = "kdav_fast.distillers"
-_INTERFACE = {"base", "phases"}
+_INTERFACE = {"base", "checks", "phases"}
 
 
 def method_names() -> tuple[str, ...]:

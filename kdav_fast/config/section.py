@@ -54,6 +54,8 @@ Lenient = Field(strict=False)
 Triple = Annotated[tuple[float, float, float], Lenient]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Temperature = Annotated[float, Field(gt=0, le=1e6)]
+"""Of a softmax; its square scales a loss."""
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 BetaParameter = Annotated[float, AfterValidator(_beta)]

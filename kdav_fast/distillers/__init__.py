@@ -4,6 +4,7 @@ from importlib import import_module
 
 from kdav_fast.config.method import MethodConfig
 from kdav_fast.distillers.base import Distiller, Facts
+from kdav_fast.distillers.checks import check_method
 
 __all__ = ["build_distiller", "find_method"]
 
@@ -18,12 +19,11 @@ def build_distiller(config: MethodConfig, facts: Facts) -> Distiller:
 
     Raises:
         InputError: it does not go with what is known before training.
-        TypeError: the method's file is wrong: it has a parameter, which nobody would train.
+        TypeError: the method's file is wrong; the message says what it must give.
     """
     distiller = find_method(config.name)(config, facts)
-    for name, _ in distiller.named_parameters():
-        raise TypeError(
-            f"distiller '{config.name}' has the parameter {name}, which nothing would train; what is trained belongs "
-            "in its learned() or its head()"
-        )
+    try:
+        check_method(distiller)
+    except TypeError as error:
+        raise TypeError(f"distiller '{config.name}': {error}") from None
     return distiller

@@ -87,9 +87,9 @@ class Losses(NamedTuple):
 class Distiller(nn.Module):
     """A method.
 
-    What it remembers is in its buffers, which are saved with every checkpoint and must be the same on all ranks after
-    every step. What is trained is in `learned`, or in the head, which the student takes over: a parameter registered
-    here is an error.
+    What it remembers is in its buffers, which are registered whole in `__init__`, saved with every checkpoint and must
+    be the same on all ranks after every step. What is trained is in `learned`, or in the head, which the student takes
+    over: a parameter registered here is an error.
 
     Args:
         config: its section of the config.
@@ -107,7 +107,11 @@ class Distiller(nn.Module):
         super().__init__()
 
     def head(self) -> FoldableHead | None:
-        """Takes the place of the student's classifier, and is exported folded into one; None: the student keeps it."""
+        """Takes the place of the student's classifier, and is exported folded into one; None: the student keeps it.
+
+        Under a head `student.logits` carry no gradient to the embedding: a loss on scores takes
+        `head.classify(student.embedding)`.
+        """
         return None
 
     def learned(self) -> dict[str, Learned]:

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Positive
+from kdav_fast.config.section import NonNegative, Positive, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid, widened
 from kdav_fast.errors import InputError
@@ -58,7 +58,7 @@ class DKD(Distiller):
         """Published for CIFAR-100, with beta 2 to 8 by pair; for ImageNet: T 1, beta 0.5 or 2, warm-up 1."""
 
         takes_mixed: ClassVar[bool] = False
-        temperature: Positive = 4.0
+        temperature: Temperature = 4.0
         alpha: NonNegative = 1.0
         """Of the KL between the labelled class and all others together."""
         beta: NonNegative = 8.0

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import Fraction, Positive
+from kdav_fast.config.section import Fraction, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid, widened
 from kdav_fast.models.outputs import Outputs
@@ -25,7 +25,7 @@ class KD(Distiller):
         """Published for CIFAR-100: alpha 0.9, T 4."""
 
         alpha: Fraction = 0.9
-        temperature: Positive = 4.0
+        temperature: Temperature = 4.0
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

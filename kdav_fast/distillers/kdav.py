@@ -1,13 +1,13 @@
 """Knowledge distillation with an auxiliary variable (Peng, Fang, Zhang, Lu: ICML 2024)."""
 
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import Count, NonNegative, Positive
+from kdav_fast.config.section import Count, NonNegative, Positive, Temperature
 from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid
@@ -34,13 +34,13 @@ class KDAV(Distiller):
 
         kappa_student: Positive = 10.0
         kappa_teacher: Positive = 10.0
-        temperature: Positive = 1.0
+        temperature: Temperature = 1.0
         weight_membership: NonNegative = 1.0
         weight_prediction: NonNegative = 1.0
         weight_label: NonNegative = 0.0
         """Of the cross-entropy with the labels, where classes score kappa_student <mu_y, z/|z|>; 0: labels are not
         used."""
-        memory_length: Count = 4096
+        memory_length: Annotated[Count, Field(lt=2**31)] = 4096
         posterior: Literal["dense", "ids"] = "dense"
         """What the memory keeps of a remembered image: the teacher's class distribution or one class id."""
         center: bool = True

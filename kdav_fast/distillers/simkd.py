@@ -6,7 +6,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Positive
+from kdav_fast.config.section import NonNegative, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, mean_over_valid, widened
 from kdav_fast.distillers.kd import soft_target_kl
@@ -35,7 +35,7 @@ class SimKD(Distiller):
         """Of the mean squared difference of the features; the paper's only term."""
         weight_kl: NonNegative = 0.0
         """Of T^2 KL between the teacher's and the student's class distributions."""
-        temperature: Positive = 4.0
+        temperature: Temperature = 4.0
         """T of the KL term."""
 
         @model_validator(mode="after")

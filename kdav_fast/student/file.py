@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from kdav_fast.checkpoint.manifest import FOLDER_NAME, defect, read_manifest
 from kdav_fast.config import Count, DataConfig, Positive, Section, Triple
+from kdav_fast.config.section import Lenient
 from kdav_fast.errors import InputError, one_line
 from kdav_fast.models import Normalization, build_classifier, load_weights
 from kdav_fast.runtime.files import write_whole
@@ -22,6 +23,12 @@ CARD_KEY = "kdav_fast"
 """Where the card lies in a file's metadata."""
 
 
+def _unlike(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("two classes have one name")
+    return names
+
+
 class StudentCard(Section):
     """Everything that is needed to use the weights of the stock architecture, kept in the file's metadata."""
 
@@ -30,10 +37,10 @@ class StudentCard(Section):
     width: Positive
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of its library's constructor: `timm.create_model(NAME, num_classes=K, **arguments)`."""
-    classes: tuple[str, ...]
+    classes: Annotated[tuple[str, ...], Field(min_length=1), AfterValidator(_unlike)]
     """Class names in the order of the logits."""
     mean: Triple
-    std: Triple
+    std: Annotated[tuple[Positive, Positive, Positive], Lenient]
     """Input normalisation of RGB pixels in 0..1."""
     embedding_width: None = None
     """Files of version 0.1 may say here how wide a head is that is not folded; such a file is not read."""
@@ -43,7 +50,7 @@ class StudentCard(Section):
     probabilistic: bool = False
     """Whether a softmax of the class scores is a distribution: not where they are cosines, as they may be in files that
     do not tell."""
-    step: int
+    step: Annotated[int, Field(ge=0)]
     epoch: float
     steps: Count | None = None
     """Optimizer steps that the run was to take; None in files that do not tell."""

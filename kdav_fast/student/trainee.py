@@ -1,8 +1,8 @@
 """What the optimizer, ZeRO and the checkpoints see as one module: the student, what is learned beside it, the loss."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ class Trainee(nn.Module):
         self.student, self.learned = student, nn.ModuleDict(learned)
         object.__setattr__(self, "_loss", loss)
         self._device = device.type
-        for module in learned.values():
+        for module in _called(self.learned):
             # The loss is taken in float32; a convolution in it need not be.
             autocast = torch.autocast(self._device, dtype, enabled=dtype is not None)
             module.forward = autocast(module.forward)
@@ -68,4 +68,31 @@ class Trainee(nn.Module):
             student = self.student(batch.images)
         with clock("loss"), torch.autocast(self._device, enabled=False):
             losses = self._loss(student, teacher, batch, self.learned, progress)
-        return Answer(losses.total, losses.parts, student.logits.detach())
+        return Answer(*_checked(losses), student.logits.detach())
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules that a loss calls: of a list or a dictionary, what is in it."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        yield module
+        return
+    for child in module.children():
+        yield from _called(child)
+
+
+def _checked(losses: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Total and detached parts; raises `TypeError` for what is no loss, which backward and log would say in riddles."""
+    total, parts = getattr(losses, "total", None), getattr(losses, "parts", None)
+    if not isinstance(total, Tensor) or not isinstance(parts, dict):
+        raise TypeError(f"the distiller's forward gives a {type(losses).__name__}; give Losses(total, parts)")
+    if total.dim() or (torch.is_grad_enabled() and not total.requires_grad):
+        what = f"has shape {tuple(total.shape)}" if total.dim() else "depends on nothing that is trained"
+        raise TypeError(
+            f"the distiller's total loss {what}; give a scalar that depends on the student's answers"
+        )
+    for name, part in parts.items():
+        if not isinstance(part, Tensor) or part.dim():
+            raise TypeError(
+                f"the part {name!r} of the distiller's loss is no scalar tensor; give a mean over valid rows"
+            )
+    return total, {name: part.detach() for name, part in parts.items()}

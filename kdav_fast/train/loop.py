@@ -19,6 +19,7 @@ from kdav_fast.train.folder.record import Record
 from kdav_fast.train.folder.results import write_missing_report, write_results
 from kdav_fast.train.phases import PhasePosition, run_phases
 from kdav_fast.train.run import Run
+from kdav_fast.train.schedule import due
 from kdav_fast.train.setup import set_up
 from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
 from kdav_fast.train.step import take_step
@@ -137,10 +138,10 @@ def train(
             if run.first_answers is not None:
                 run.first_answers.tell()
             record.metrics(step, {**meter.read(), "lr": lr, **_irregular(run)})
-        evaluating = _due(step, config.evaluate_every, run) or step == run.steps
+        evaluating = due(step, config.evaluate_every * run.steps_per_epoch) or step == run.steps
         stopping, writing = stop.agreed(checkpoints.writing)
         stopping = stopping and step < run.steps
-        saving = stopping or _due(step, config.save_every, run)
+        saving = stopping or due(step, config.save_every * run.steps_per_epoch)
         if evaluating:
             accuracy = evaluate_student(run)
             record.metrics(step, accuracy.logged())
@@ -164,12 +165,6 @@ def evaluate_student(run: Run) -> Accuracy:
         run.tally = ClassTally()
         network, loader = run.evaluated_student, run.loaders.evaluation
         return evaluate(network, loader, run.cluster, run.dtype, run.tally)
-
-
-def _due(step: int, every_epochs: float, run: Run) -> bool:
-    """Whether a multiple of `every_epochs` lies between the last step and this one; 0 means never."""
-    interval = every_epochs * run.steps_per_epoch
-    return interval > 0 and int(step / interval) > int((step - 1) / interval)
 
 
 def _irregular(run: Run) -> dict[str, float]:

@@ -14,6 +14,7 @@ from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.train.run import Run
+from kdav_fast.train.schedule import due
 from kdav_fast.train.step import share_of_valid
 
 
@@ -185,9 +186,8 @@ def batches_of(run: Run, phase: Fit) -> int:
 
 
 def _save_due(run: Run, step: int, per_epoch: int) -> bool:
-    """As in training: whether a multiple of `train.save_every` epochs has just been passed."""
-    interval = run.config.train.save_every * per_epoch
-    return interval > 0 and int(step / interval) > int((step - 1) / interval)
+    """As in training."""
+    return due(step, run.config.train.save_every * per_epoch)
 
 
 def _bar(run: Run, name: str, step: int, total: int) -> ProgressBar:

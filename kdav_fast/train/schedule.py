@@ -41,6 +41,17 @@ def lr_factor(config: ScheduleConfig, steps: int, steps_per_epoch: float) -> Cal
     return with_warmup({"constant": lambda step: 1.0, "step": step_down, "cosine": cosine}[config.name])
 
 
+def due(step: int, interval: float) -> bool:
+    """Whether a multiple of an interval lies between the last step and this one; an interval of 0 means never.
+
+    Args:
+        step: steps done, at least 1.
+        interval: in steps; of less than one, every step is due.
+    """
+    interval = max(interval, 1.0) if interval > 0 else 0.0
+    return interval > 0 and int(step / interval) > int((step - 1) / interval)
+
+
 def _anneal(start: float, end: float, progress: float) -> float:
     """Half a cosine from `start` to `end` while `progress` goes from 0 to 1."""
     progress = min(1.0, max(0.0, progress))

@@ -5,7 +5,7 @@ import torch
 from torch.optim import lr_scheduler
 
 from kdav_fast.config import ScheduleConfig
-from kdav_fast.train.schedule import lr_factor
+from kdav_fast.train.schedule import due, lr_factor
 
 STEPS, STEPS_PER_EPOCH = 120, 12.0
 
@@ -62,3 +62,18 @@ def test_warm_up_rises_in_equal_steps_and_then_hands_over(name):
 
 def test_constant():
     assert curve(name="constant") == [1.0] * STEPS
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps"),
+    [
+        (0, []),
+        (3, [3, 6, 9]),
+        (2.5, [3, 5, 8, 10]),
+        (100, []),
+        (0.4, [*range(1, 11)]),
+        (5e-324, [*range(1, 11)]),
+    ],
+)
+def test_when_something_is_due(interval, steps):
+    assert [step for step in range(1, 11) if due(step, interval)] == steps

@@ -29,8 +29,8 @@ def check_extension(config: Config) -> None:
     # A checkpoint of step 0 is that of what is measured before training.
     if not any(step_of(folder) for folder in checkpoint_folders(config.run_dir / CHECKPOINTS)):
         raise InputError(
-            f"run_dir {config.run_dir} has a student but no checkpoint of its training (train.save_every was 0, or it "
-            "was removed), so it cannot be extended; train anew in another run_dir"
+            f"run_dir {config.run_dir} has a student but no checkpoint of its training (train.save_every was 0 or "
+            "longer than the run, or it was removed), so it cannot be extended; train anew in another run_dir"
         )
 
 
