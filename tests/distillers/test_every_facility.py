@@ -75,7 +75,7 @@ def make_run(small_config, teacher_run, tmp_path_factory):
                 folder / f"{method}-{setting}-{name}",
                 teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run)},
                 distiller={"name": method},
-                data={"loader": loader, "train_subset": 120},
+                data={"loader": loader, "workers": 1, "train_subset": 120},
                 train={**train, "batch_size": 16},
             )
         return Run(config, world)
