@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Processes that `make test` shares the tests out to. Each has one thread and takes up to 2 GB.
+# Processes that the tests are shared out to, whole files where they are slow. Each has one thread and takes up to 2 GB.
 WORKERS ?= 2
 READY := $(VENV)/.ready
 
@@ -22,7 +22,7 @@ test: install
 
 # Whole runs killed, restarted and launched on two hosts: what takes minutes.
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
 
 lint: install
 	$(BIN)/ruff check .
