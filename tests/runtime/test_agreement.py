@@ -26,6 +26,12 @@ def test_many_differences_are_counted():
     assert "\n" not in line
 
 
+def test_the_method_is_named_first():
+    mine = {"distiller.alpha": "1", "distiller.name": "dkd", "distiller.weight": "2", "data.seed": "0"}
+    line = difference([("rank 0", mine), ("rank 1", {"distiller.name": "kd", "data.seed": "1"})])
+    assert line.index("distiller.name is dkd on rank 0 and kd on rank 1") < line.index("data.seed")
+
+
 def test_the_code_is_told_by_its_versions_and_its_source(tmp_path, monkeypatch):
     facts = code_facts()
     assert facts["torch"][0].isdigit()

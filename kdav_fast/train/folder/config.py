@@ -11,6 +11,7 @@ from kdav_fast.config import Config, dump_config, flat, parse_config
 from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
 from kdav_fast.config.section import Mark, keys_marked
 from kdav_fast.errors import InputError
+from kdav_fast.runtime.agreement import method_first
 from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.precision import Format, resolve_precision
 
@@ -49,8 +50,7 @@ def check_run_folder(config: Config, extend: bool = False) -> float | None:
         )
     may_change = keys_marked(Mark.MAY_CHANGE, config)
     epochs, wanted = there["train.epochs"], here["train.epochs"]
-    # First of all the method: its keys mean nothing to another one.
-    for key in sorted(there.keys() | here.keys(), key=lambda key: (key != "distiller.name", key)):
+    for key in sorted(there.keys() | here.keys(), key=method_first):
         if there.get(key) == here.get(key) or key in may_change:
             continue
         remedy = "use the same value to continue that run, or another run_dir"
