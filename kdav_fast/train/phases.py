@@ -135,19 +135,20 @@ def _tell(run: Run, bar: ProgressBar, name: str, step: int, loss: float) -> None
 
 
 def _fit_batch(run: Run, phase: Fit, batch: Batch, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
-    """One optimizer step; returns this rank's loss."""
+    """One optimizer step; returns this rank's part of the loss: the mean over ranks is that over all valid rows."""
     teacher = _ask(run, batch)
     with torch.autocast(run.cluster.device.type, enabled=False):
         losses = phase.loss(teacher, batch, run.trainee.learned)
     optimizer.zero_grad()
-    (losses.total * share_of_valid(batch, run.cluster)).backward()
+    loss = losses.total * share_of_valid(batch, run.cluster)
+    loss.backward()
     for group in optimizer.param_groups:
         group["lr"] = lr
         for parameter in group["params"]:
             if parameter.grad is not None:
                 run.cluster.sum(parameter.grad).div_(run.cluster.world)
     optimizer.step()
-    return losses.total.detach()
+    return loss.detach()
 
 
 def _ask(run: Run, batch: Batch) -> Outputs | None:
