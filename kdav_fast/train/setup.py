@@ -80,11 +80,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
             device=device,
         ),
     ).to(device)
-    if (train.mixup > 0 or train.cutmix > 0) and distiller.order.count > 1:
-        raise InputError(
-            f"train.mixup and train.cutmix do not go with distiller.name '{method.name}', which sees each image in "
-            f"{distiller.order.count} views; set them to 0"
-        )
+    _check_mixing(config, distiller.order)
     for remark in distiller.remarks():
         cluster.say(remark)
     student = Student(network, distiller.head()).to(device)
@@ -179,6 +175,14 @@ def _check_batch_size(config: Config, cluster: Cluster) -> None:
         raise InputError(
             f"train.batch_size is {train.batch_size}; with {cluster.world} processes and train.accumulate="
             f"{train.accumulate} it must be a multiple of {per_step}"
+        )
+
+
+def _check_mixing(config: Config, order: Order) -> None:
+    if (config.train.mixup > 0 or config.train.cutmix > 0) and order.count > 1:
+        raise InputError(
+            f"train.mixup and train.cutmix do not go with distiller.name '{config.distiller.name}', which sees each "
+            f"image in {order.count} views; set them to 0"
         )
 
 
