@@ -1,0 +1,366 @@
+"""Predicts the time of forward + backward of every implementation on an H200, from counts of work, bytes and launches.
+
+    python -m kdav_fast.kernels.cost [--json FILE]
+
+A prediction, not a measurement: it is there to choose between designs where no GPU is at hand and to say where a
+measured time is lost. An implementation is a list of passes (`Pass`), each as long as the slowest of its matrix work,
+its bytes from L2 and its bytes from HBM, and what nothing hides. The device's time is their sum with the cost of
+every launch; the host's is Python and its launches, which run ahead of the device. The longer of both is predicted,
+and beside it the device's alone, which a CUDA graph leaves.
+
+Units: FLOP, bytes, microseconds. B, d, L, K as in DESIGN section 2, and g = 2 B L d FLOP.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+HALF, FLOAT = 2, 4
+"""Bytes of a bfloat16 and of a float32 value."""
+
+
+class Machine(NamedTuple):
+    """What the predictions assume; the defaults are for an H200 and its host."""
+
+    flops: float = 790e12
+    """FLOP/s of large bfloat16 products (measured there, DESIGN section 5)."""
+    hbm: float = 4.3e12
+    """Bytes/s of a large copy (measured there, DESIGN section 5)."""
+    l2: float = 5.5e12
+    """Bytes/s from L2 to all multiprocessors (assumed)."""
+    l2_size: float = 60e6
+    """Tensors over half of it come from HBM (assumed)."""
+    multiprocessors: int = 132
+    launch: float = 2.5
+    """Of one kernel after another in a stream: start, first loads, last stores (assumed)."""
+    latency: float = 0.7
+    """Of a load that nothing hides: a pipeline that runs empty (assumed)."""
+    torch_host: float = 5.0
+    """Of the host for one torch operation that launches one kernel (assumed)."""
+    triton_host: float = 12.0
+    """Of the host for one launch of a Triton kernel through its JIT function (assumed)."""
+    python: float = 100.0
+    """Of the host for a call of `kdav_loss` and its backward pass without launches (assumed)."""
+
+
+H200 = Machine()
+
+
+class Shape(NamedTuple):
+    """B, d, L, K and whether R is given as class ids."""
+
+    batch: int
+    width: int
+    length: int
+    classes: int
+    ids: bool
+
+    @property
+    def pairs(self) -> int:
+        """B x L."""
+        return self.batch * self.length
+
+    @property
+    def g(self) -> float:
+        """FLOP of one product of similarities."""
+        return 2.0 * self.pairs * self.width
+
+    @property
+    def class_work(self) -> float:
+        """FLOP of one product with a dense R."""
+        return 2.0 * self.pairs * self.classes
+
+
+SHAPES = {
+    "A ids": Shape(256, 512, 16384, 1000, True),
+    "A dense": Shape(256, 512, 16384, 1000, False),
+    "Bshape ids": Shape(1024, 2048, 65536, 1000, True),
+    "Bshape dense": Shape(1024, 2048, 65536, 1000, False),
+}
+
+
+class Pass(NamedTuple):
+    """One kernel, run `times` times."""
+
+    name: str
+    flops: float = 0.0
+    """Of its matrix products."""
+    slots: float = 0.0
+    """FLOP that the matrix units could have done meanwhile: more than `flops` for narrow instructions and for
+    multiprocessors that stand idle in the last wave."""
+    l2: float = 0.0
+    """Bytes between L2 and the multiprocessors."""
+    hbm: float = 0.0
+    """Bytes between HBM and L2."""
+    unhidden: float = 0.0
+    """Microseconds of latency that nothing hides."""
+    times: int = 1
+    triton: bool = False
+
+    def device_time(self, machine: Machine = H200) -> float:
+        """Microseconds on the device, launches included."""
+        slowest = max(self.slots / machine.flops, self.l2 / machine.l2, self.hbm / machine.hbm)
+        return self.times * (slowest * 1e6 + self.unhidden + machine.launch)
+
+    def host_time(self, machine: Machine = H200) -> float:
+        """Microseconds on the host."""
+        return self.times * (machine.triton_host if self.triton else machine.torch_host)
+
+
+def instruction_rate(columns: int) -> float:
+    """Share of the matrix unit's rate that Hopper's 64 x `columns` x 16 instruction reaches.
+
+    It takes columns / 2 cycles at full rate; its operands, 2 KB and 32 bytes a column from shared memory at 128
+    bytes a cycle, take 16 + columns / 4. (Operands in registers are free of that, but not of the narrow ones' latency.)
+    """
+    return min(1.0, 2 * columns / (64 + columns))
+
+
+def product(
+    name: str,
+    rows: int,
+    columns: int,
+    depth: int,
+    *,
+    out: int = HALF,
+    times: int = 1,
+    add: bool = False,
+    machine: Machine = H200,
+) -> Pass:
+    """[rows x depth] @ [depth x columns] in bfloat16 by the vendor's library.
+
+    Tiles of 128 x 256 or, at 85 % of their rate, 128 x 128, whichever ends first, in clusters of two that share the
+    wider operand; where they leave multiprocessors idle the depth is split, and the partial sums are written and
+    read in float32.
+
+    Args:
+        out: bytes of a value of the result.
+        add: whether the result is added to what is there.
+    """
+    result = rows * columns
+    best = None
+    for width, rate in ((256, 1.0), (128, 0.85)):
+        tiles = math.ceil(rows / 128) * math.ceil(columns / width)
+        splits = max(1, min(machine.multiprocessors // tiles, depth // 512))
+        waves = math.ceil(tiles * splits / machine.multiprocessors)
+        deep = math.ceil(depth / splits)
+        slots = waves * machine.multiprocessors * 2.0 * 128 * width * deep / rate
+        partial = 2 * FLOAT * result * splits * (splits > 1)
+        operands = HALF * tiles * depth * (128 + width // 2)
+        candidate = (slots, operands + partial + out * result * (1 + add))
+        best = min(best or candidate, candidate)
+    slots, l2 = best
+    once = HALF * depth * (rows + columns) + out * result * (1 + add)
+    flops = 2.0 * result * depth
+    return Pass(name, flops, slots, l2, beyond_l2(once, machine), times=times)
+
+
+def beyond_l2(size: float, machine: Machine = H200) -> float:
+    """Those of `size` bytes that one pass moves from or to HBM: all of them if half of L2 cannot hold them."""
+    return size if size > machine.l2_size / 2 else 0.0
+
+
+def rowwise(name: str, moved: float, tensors: float, *, times: int = 1, triton: bool = False) -> Pass:
+    """An elementwise pass or reduction that moves `moved` bytes of tensors that take `tensors` bytes together."""
+    return Pass(name, l2=moved, hbm=moved if beyond_l2(tensors) else 0.0, times=times, triton=triton)
+
+
+def eager(shape: Shape) -> Iterator[Pass]:
+    """The benchmark's eager loss: every operation of torch in bfloat16, each a pass over B x L."""
+    b, d, n, k, ids = shape
+    one = HALF * shape.pairs
+    yield product("similarity", b, n, d, times=2)
+    # Of B x L values read and written: two log_softmax (3), exp, subtract, multiply, sum; exp for the classes.
+    for name, tensors, times in (
+        ("log softmax", 3, 2), ("exp", 2, 2), ("subtract, multiply", 3, 2), ("sum", 1, 1),
+    ):  # fmt: skip
+        yield rowwise(name, tensors * one, 2 * one, times=times)
+    if ids:
+        yield rowwise("index_add", 3 * one, 2 * one)
+        yield rowwise("index_select", 2 * one, 2 * one)
+    else:
+        yield product("class mass", b, k, n)
+        yield product("class share", b, n, k)
+    # Backward: the sum's expanded gradient times q, its negative, exp's, their sum, log_softmax's (read twice).
+    for name, tensors in (
+        ("multiply", 2),
+        ("negate", 2),
+        ("exp grad", 3),
+        ("add", 3),
+        ("log softmax grad", 5),
+    ):
+        yield rowwise(name, tensors * one, 2 * one)
+    yield product("gradient", b, d, n)
+    yield rowwise("small operations", FLOAT * b * (d + k), 0, times=40)
+
+
+def compiled(shape: Shape) -> Iterator[Pass]:
+    """The same through torch.compile: products by the library, everything between them fused, S and T kept."""
+    b, d, n, k, ids = shape
+    one = HALF * shape.pairs
+    yield product("similarity", b, n, d, times=2)
+    yield rowwise("maximum and sum", 2 * one, 2 * one, times=1, triton=True)
+    yield rowwise("p, membership", 3 * one, 2 * one, triton=True)
+    if ids:
+        yield rowwise("index_add", 3 * one, 2 * one, triton=True)
+    else:
+        yield product("class mass", b, k, n)
+        yield product("class share", b, n, k)
+    share = 0 if ids else one
+    yield rowwise("slopes: sum", 2 * one + share, 2 * one, triton=True)
+    yield rowwise("slopes", 3 * one + share, 2 * one, triton=True)
+    yield product("gradient", b, d, n)
+    yield rowwise("small kernels", FLOAT * b * (d + k), 0, times=8, triton=True)
+
+
+def chunked_64559d1(shape: Shape) -> Iterator[Pass]:
+    """`chunked` at commit 64559d1: slices of any number of rows, similarities and class shares in float32.
+
+    Slices were counted as in that commit's `bytes_per_row`. A leading dimension that is no multiple of 16 bytes makes
+    the library take kernels for older GPUs at 1 / 3.5 of the rate (a published case), and scalar loads take twice as
+    long (assumed: fewer bytes are under way).
+    """
+    b, d, n, k, ids = shape
+    row = FLOAT * (2 * b + d + k) + 1
+    rows = min(n, int(H200.l2_size / 2) // row)
+    slices = math.ceil(n / rows)
+    slow_product, slow_loads = (3.5, 2) if rows % 8 else (1, 1)
+
+    def misaligned(one: Pass) -> Pass:
+        return one._replace(slots=one.slots * slow_product)
+
+    similarity = FLOAT * 2 * b * rows
+    yield product("similarity", 2 * b, rows, d, out=FLOAT, times=slices)
+    # S read twice and bfloat16 weights written.
+    yield rowwise("absorb", 2.5 * similarity * slow_loads, 0, times=slices, triton=True)
+    if ids:
+        yield rowwise("one-hot", 4 * rows * k, 0, times=3 * slices)
+    yield misaligned(product("class mass", b, k, rows, out=FLOAT, times=slices))
+    yield misaligned(product("teacher mean", b, d, rows, out=FLOAT, times=slices))
+    yield rowwise("rescale and add", 5 * FLOAT * b * (d + k) / 4, 0, times=4 * slices)
+    yield rowwise("casts of queries", 6 * b * d, 0, times=2 * slices)
+    yield product("similarity again", b, rows, d, out=FLOAT, times=slices)
+    if ids:
+        yield rowwise("share", 2 * FLOAT * b * rows, 0, times=2 * slices)
+    else:
+        yield product("class share", b, rows, k, out=FLOAT, times=slices)
+        yield rowwise("offset, ratio to bfloat16", FLOAT * b * (2 * rows + 1.5 * k) / 2, 0, times=2 * slices)
+    yield rowwise("slope", 2.5 * FLOAT * b * rows * slow_loads, 0, times=slices, triton=True)
+    yield misaligned(product("gradient", b, d, rows, out=FLOAT, times=slices))
+    yield rowwise("add", 3 * FLOAT * b * d, 0, times=slices)
+    yield rowwise("filled - start", 0, 0, times=2 * slices)
+    yield rowwise("small operations", FLOAT * b * (d + k), 0, times=50)
+
+
+def fused_64559d1(shape: Shape) -> Iterator[Pass]:
+    """`triton` at commit 64559d1: B x L never written; tiles of `tiles.TILES["sm_90"]` of that commit, in bfloat16.
+
+    Every tile of the memory fetches those of x, y again; the pipeline runs empty at each; one program a multiprocessor.
+    """
+    b, d, n, k, ids = shape
+    g, row_tiles = shape.g, math.ceil(b / 64)
+    depth = HALF * d
+
+    def fused(name: str, work: dict[int, float], tiles: int, fetched: float, drains: float) -> Pass:
+        """`work` by instruction width; `tiles` of the memory in all programs, each fetching `fetched` bytes."""
+        slots = sum(flops / instruction_rate(width) for width, flops in work.items())
+        waves = tiles / H200.multiprocessors
+        return Pass(
+            name, sum(work.values()), slots, tiles * fetched, 0.0, waves * drains * H200.latency, 1, True
+        )
+
+    tiles = row_tiles * math.ceil(n / 128)
+    yield fused("membership", {64: 2 * g}, tiles, (128 + 128) * depth, 1)
+    items = 32 if ids else 64
+    class_tiles = math.ceil(k / 512)
+    tiles = row_tiles * class_tiles * math.ceil(n / items)
+    class_bytes = 0 if ids else HALF * items * 512
+    similarity = {16 if ids else 32: class_tiles * g}
+    class_work = {256: 2.0 * shape.pairs * 512 * class_tiles}
+    yield fused("classes", similarity | class_work, tiles, (64 + items) * depth + class_bytes, 1 + (not ids))
+    yield rowwise("divergence", FLOAT * b * k * 36, 0, triton=True)._replace(unhidden=8.0)
+    tiles = row_tiles * math.ceil(d / 512) * math.ceil(n / 32)
+    # Ratios by class id come in sectors of 32 bytes.
+    share_bytes = 32 * 64 * 32 if ids else HALF * (64 + 32) * k
+    work = {16: 2 * g * math.ceil(d / 512) + (0 if ids else shape.class_work), 256: g}
+    yield fused("gradient", work, tiles, (128 + 32 + 32) * depth + share_bytes, 2 + (not ids))
+    yield rowwise("embedding gradient", FLOAT * b * d * 33, 0, triton=True)
+    yield rowwise("small operations", FLOAT * b, 0, times=12)
+
+
+IMPLEMENTATIONS: dict[str, Callable[[Shape], Iterator[Pass]]] = {
+    "eager bf16": eager,
+    "torch.compile": compiled,
+    "chunked 64559d1": chunked_64559d1,
+    "triton 64559d1": fused_64559d1,
+}
+"""Name -> the passes of forward and backward with bfloat16 inputs and `filled` on the device."""
+
+
+class Prediction(NamedTuple):
+    """Of one implementation at one shape, in microseconds, FLOP and bytes."""
+
+    total: float
+    """The longer of both below."""
+    device: float
+    host: float
+    launches: int
+    flops: float
+    l2: float
+    hbm: float
+
+
+def predict(name: str, shape: Shape, machine: Machine = H200) -> Prediction:
+    """Forward and backward of `IMPLEMENTATIONS[name]`."""
+    passes = list(IMPLEMENTATIONS[name](shape))
+    device = sum(one.device_time(machine) for one in passes)
+    host = machine.python + sum(one.host_time(machine) for one in passes)
+    launches = sum(one.times for one in passes)
+    counts = (sum(one.times * getattr(one, key) for one in passes) for key in ("flops", "l2", "hbm"))
+    return Prediction(max(device, host), device, host, launches, *counts)
+
+
+def table() -> list[dict[str, float | str]]:
+    """One row an implementation and shape."""
+    return [
+        {"shape": label, "implementation": name} | predict(name, shape)._asdict()
+        for label, shape in SHAPES.items()
+        for name in IMPLEMENTATIONS
+    ]
+
+
+def show() -> None:
+    """Prints the table and what it assumes."""
+    print(
+        "PREDICTED microseconds of forward + backward in bfloat16 on an H200 (kernels/cost.py); not measured"
+    )
+    print("assumed: " + ", ".join(f"{key} {value:g}" for key, value in H200._asdict().items()))
+    heads = ("us", "device", "host", "launches", "GFLOP", "MB L2", "MB HBM")
+    print(f"{'shape':14}{'implementation':18}" + "".join(f"{head:>10}" for head in heads))
+    for row in table():
+        numbers = [row[key] for key in ("total", "device", "host", "launches")]
+        numbers += [row["flops"] / 1e9, row["l2"] / 1e6, row["hbm"] / 1e6]
+        print(
+            f"{row['shape']:14}{row['implementation']:18}" + "".join(f"{number:>10.0f}" for number in numbers)
+        )
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kdav_fast.kernels.cost", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    options = parser.parse_args()
+    show()
+    if options.json:
+        options.json.write_text(
+            json.dumps({"assumed": H200._asdict(), "predictions": table()}, indent=1) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()

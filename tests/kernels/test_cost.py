@@ -1,0 +1,59 @@
+"""The cost model's counts against numbers taken by hand, and what any such model must obey."""
+
+import pytest
+
+from kdav_fast.kernels import cost
+
+A_IDS, A_DENSE = cost.SHAPES["A ids"], cost.SHAPES["A dense"]
+
+
+def passes(name, shape):
+    return {one.name: one for one in cost.IMPLEMENTATIONS[name](shape)}
+
+
+def test_counts_of_the_old_fused_kernels_at_shape_a():
+    """g = 2 x 256 x 512 x 16384 = 4.29 GFLOP; 4 tiles of 64 rows, 128 of 128 items, 512 of 32."""
+    found = passes("triton 64559d1", A_IDS)
+    g = 4_294_967_296
+    assert found["membership"].flops == 2 * g
+    assert found["membership"].l2 == 4 * 128 * (64 + 64 + 128) * 1024
+    # Two tiles of 512 classes: the similarities of each again, and a product with 1024 columns of ones and zeros.
+    assert found["classes"].flops == 2 * g + 2 * 256 * 16384 * 1024
+    assert found["classes"].l2 == 4 * 2 * 512 * (64 + 32) * 1024
+    assert found["gradient"].flops == 3 * g
+    assert found["gradient"].l2 == 4 * 512 * ((64 + 64 + 32 + 32) * 1024 + 64 * 32 * 32)
+
+
+def test_a_product_by_hand():
+    # 512 x 16384 by tiles of 128 x 256: 4 x 64 = 256 on 132 multiprocessors, two waves.
+    one = cost.product("similarity", 512, 16384, 512)
+    assert one.flops == 2 * 512 * 16384 * 512
+    assert one.slots == 2 * 132 * 2 * 128 * 256 * 512
+    assert one.l2 == 256 * (128 + 256 // 2) * 512 * 2 + 512 * 16384 * 2
+    assert one.hbm == (512 + 16384) * 1024 + 512 * 16384 * 2  # 34 MB are over half of L2
+    assert cost.product("similarity", 512, 8192, 512).hbm == 0
+    assert one.device_time(cost.Machine(launch=1.0)) == pytest.approx(one.l2 / 5.5e6 + 1.0)
+    assert one.device_time(cost.Machine(launch=1.0, l2=1e14)) == pytest.approx(one.slots / 790e6 + 1.0)
+
+
+@pytest.mark.parametrize("name", cost.IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", cost.SHAPES.values(), ids=cost.SHAPES)
+def test_what_every_prediction_obeys(name, shape):
+    one = cost.predict(name, shape)
+    assert one.total == max(one.device, one.host)
+    assert one.device > 1e6 * one.flops / cost.H200.flops
+    twice = cost.predict(name, shape._replace(length=2 * shape.length))
+    assert twice.flops == pytest.approx(2 * one.flops)
+    assert twice.device > 1.5 * one.device - 200 * cost.H200.launch
+    slower = cost.Machine(launch=10.0, torch_host=20.0)
+    assert cost.predict(name, shape, slower).device > one.device
+    assert cost.predict(name, shape, slower).host > one.host
+
+
+def test_the_table_has_every_implementation_at_every_shape(capsys):
+    assert len(cost.table()) == len(cost.SHAPES) * len(cost.IMPLEMENTATIONS)
+    cost.show()
+    printed = capsys.readouterr().out
+    assert "PREDICTED" in printed
+    assert "not measured" in printed
+    assert "flops 7.9e+14" in printed
