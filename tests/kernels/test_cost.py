@@ -43,8 +43,9 @@ def test_what_every_prediction_obeys(name, shape):
     assert one.total == max(one.device, one.host)
     assert one.device > 1e6 * one.flops / cost.H200.flops
     twice = cost.predict(name, shape._replace(length=2 * shape.length))
-    assert twice.flops == pytest.approx(2 * one.flops)
-    assert twice.device > 1.5 * one.device - 200 * cost.H200.launch
+    # A last slice counts as a whole one.
+    assert twice.flops == pytest.approx(2 * one.flops, rel=0.15 if "chunked" in name else 1e-6)
+    assert twice.device > 1.3 * one.device
     slower = cost.Machine(launch=10.0, torch_host=20.0)
     assert cost.predict(name, shape, slower).device > one.device
     assert cost.predict(name, shape, slower).host > one.host
