@@ -1,6 +1,7 @@
 """What the benchmarks' command lines have in common."""
 
 import argparse
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -51,3 +52,11 @@ def result_files(options: argparse.Namespace, benchmark: str) -> tuple[Path, Pat
         if not target.parent.is_dir():
             raise InputError(f"the folder {target.parent} does not exist; make it or write elsewhere")
     return path, picture
+
+
+def draw(plot: Callable[[], object]) -> None:
+    """Draw a result's picture, or say why there is none: figures do not depend on it."""
+    try:
+        plot()
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)

@@ -14,6 +14,9 @@ set (an epoch). Three things keep a loader's work inside its own clock:
 
 The paths of the set are repeated to one long epoch: a DataLoader's workers idle at an epoch's end, which a short
 one would make look frequent. The files come from the system's cache: all are read once beforehand.
+
+Every round is on the disk when it is over: the same command goes on from there. Where DALI is not installed, its
+loaders are left out; one that fails is left out with the error's first line.
 """
 
 import argparse
@@ -21,22 +24,21 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from command_line import Parser, check_device, default_device, positive, result_files
-from environment import describe
+from command_line import Parser, check_device, default_device, draw, positive, result_files
+from environment import describe, version
 from PIL import features
+from record import Record, failure, leave_if_broken
 from timing import cpu_seconds, quantiles, wait_until_idle, warn_if_noisy, widest_spread
 
 from kdav_fast.data.batch import Batch
-from kdav_fast.data.dali import DaliLoader
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.preprocessing import (
     Preprocessing,
@@ -48,11 +50,12 @@ from kdav_fast.data.resident import decode_once
 from kdav_fast.data.sources.folder import ImageFolder, index_folder
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
 from kdav_fast.errors import InputError
-from kdav_fast.runtime.files import write_whole
 
 EPOCHS = 5
 LONG_EPOCH = 2**17
-PACKAGES = ("torch", "torchvision", "pillow", "nvidia-dali-cuda130", "numpy")
+DALI = "nvidia-dali-cuda130"
+PACKAGES = ("torch", "torchvision", "pillow", DALI, "numpy")
+PLAIN = "torchvision"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The pipeline's queue holds 2 batches and 1 that is being made, the decoder before it 1 that is resampled, 2 that are
 # decoded and 1 that is being decoded; the files of 2 more have been read; 1 to settle.
@@ -69,9 +72,8 @@ class Round(NamedTuple):
 
 @dataclass
 class Contender:
-    """A loader at work, and its rounds so far."""
+    """A loader at work."""
 
-    name: str
     batches: Iterator[Batch]
     """Without end."""
     ready: int
@@ -79,10 +81,14 @@ class Contender:
     side_by_side: int
     """Batches made at the same time."""
     start_up_s: float
-    rounds: list[Round] = field(default_factory=list)
 
-    def total(self, what: str) -> float:
-        return sum(getattr(one, what) for one in self.rounds)
+
+class Plan(NamedTuple):
+    """How a loader is built; `ready` and `side_by_side` as in `Contender`."""
+
+    make: Callable[[], EpochLoader]
+    ready: int
+    side_by_side: int
 
 
 def pin(cores: int) -> None:
@@ -131,23 +137,20 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def start(
-    name: str, make: Callable[[], EpochLoader], ready: int, side_by_side: int, device: torch.device
-) -> Contender:
+def start(name: str, plan: Plan, device: torch.device) -> Contender:
     """Build a loader and wait for its first batch."""
     print(f"starting {name}", flush=True)
     begin = time.perf_counter()
-    batches = chain.from_iterable(repeat(make()))
+    batches = chain.from_iterable(repeat(plan.make()))
     next(batches)
     synchronize(device)
     seconds = time.perf_counter() - begin
     wait_until_idle()
-    return Contender(name, batches, ready, side_by_side, seconds)
+    return Contender(batches, plan.ready, plan.side_by_side, seconds)
 
 
-def start_all(options: argparse.Namespace, images: ImageFolder, device: torch.device) -> list[Contender]:
-    """The plain loader comes first: its workers are forks, which should not inherit DALI's threads."""
-    torch.zeros(1, device=device)  # a GPU's own start belongs to none of them
+def plans(options: argparse.Namespace, images: ImageFolder, device: torch.device) -> dict[str, Plan]:
+    """By name. The plain loader comes first: its workers are forks, which should not inherit DALI's threads."""
     view = Preprocessing(
         options.size,
         RandomResizedCrop(area=(0.08, 1.0), aspect_ratio=(3 / 4, 4 / 3)),
@@ -161,18 +164,23 @@ def start_all(options: argparse.Namespace, images: ImageFolder, device: torch.de
     long = images.select(np.arange(LONG_EPOCH) % len(images))
     decoders = ("cpu", "gpu") if device.type == "cuda" else ("cpu",)
 
-    def resident() -> DaliLoader:
-        decoder = DaliLoader(images, pixel_preprocessing(view), decode=decoders[-1], shuffle=False, **shared)
+    def dali(*what: object, **how: object) -> EpochLoader:
+        from kdav_fast.data.dali import DaliLoader
+
+        return DaliLoader(*what, **how, **shared)
+
+    def resident() -> EpochLoader:
+        decoder = dali(images, pixel_preprocessing(view), decode=decoders[-1], shuffle=False)
         kept = decode_once(decoder, device, local_world=1, progress=False)
-        return DaliLoader(kept, resident_preprocessing(view), shuffle=True, **shared)
+        return dali(kept, resident_preprocessing(view), shuffle=True)
 
     # A DataLoader prefetches 2 batches a worker, and every worker makes a batch of its own.
     plain = partial(TorchvisionLoader, long, view, shuffle=True, **shared)
-    contenders = [start("torchvision", plain, 2 * cores, cores, device)]
+    listed = {PLAIN: Plan(plain, 2 * cores, cores)}
     for decode in decoders:
-        dali = partial(DaliLoader, long, view, decode=decode, shuffle=True, **shared)
-        contenders.append(start(f"dali {decode}", dali, DALI_READY, 1, device))
-    return [*contenders, start("resident", resident, DALI_READY, 1, device)]
+        make = partial(dali, long, view, decode=decode, shuffle=True)
+        listed[f"dali {decode}"] = Plan(make, DALI_READY, 1)
+    return listed | {"resident": Plan(resident, DALI_READY, 1)}
 
 
 def run_round(contender: Contender, seconds: float, device: torch.device) -> Round:
@@ -190,42 +198,67 @@ def run_round(contender: Contender, seconds: float, device: torch.device) -> Rou
     return result
 
 
-def measure(contenders: list[Contender], options: argparse.Namespace, device: torch.device) -> None:
-    """Rounds of all in turn, until the slowest has had enough."""
-    least = EPOCHS * options.images
+def has_enough(name: str, options: argparse.Namespace, record: Record) -> bool:
+    """Whether this one has been measured for as long as was asked, or cannot be measured."""
+    rounds = record.find(loader=name)
+    if any("error" in one for one in rounds):
+        return True
+    images, seconds = (sum(one[what] for one in rounds) for what in ("images", "seconds"))
+    return seconds >= options.seconds and images >= EPOCHS * options.images
+
+
+def measure(
+    listed: dict[str, Plan], options: argparse.Namespace, device: torch.device, record: Record
+) -> None:
+    """A round of each as soon as it is started, then of all in turn until each has had enough."""
+    torch.zeros(1, device=device)  # a GPU's own start belongs to none of them
+    at_work: dict[str, Contender] = {}
     number = 0
-    while any(c.total("seconds") < options.seconds or c.total("images") < least for c in contenders):
+    while waiting := [name for name in listed if not has_enough(name, options, record)]:
         number += 1
-        for contender in contenders:
-            contender.rounds.append(run_round(contender, options.round_seconds, device))
-        rates = (f"{c.name} {c.rounds[-1].images / c.rounds[-1].seconds:.0f}" for c in contenders)
-        done = min(min(c.total("seconds") / options.seconds, c.total("images") / least) for c in contenders)
-        print(f"round {number}, {min(done, 1):.0%}: {', '.join(rates)} images/s", flush=True)
+        for name in waiting:
+            try:
+                with record.attempt(name):
+                    if name not in at_work:
+                        at_work[name] = start(name, listed[name], device)
+                    one = run_round(at_work[name], options.round_seconds, device)
+            except Exception as error:  # whatever a library raises costs this loader only
+                print(f"{name} failed: {failure(error)}", flush=True)
+                record.add({"loader": name, "error": failure(error)})
+                leave_if_broken(error)
+                continue
+            record.add({"loader": name, "start_up_s": at_work[name].start_up_s, **one._asdict()})
+            print(f"round {number}: {name} {one.images / one.seconds:.0f} images/s", flush=True)
 
 
-def summarise(contenders: list[Contender]) -> dict[str, object]:
-    """Rows, the ratios of the medians and the spread between rounds."""
+def summarise(rounds: list[dict], names: list[str]) -> dict[str, object]:
+    """Rows, the ratios of the medians and the spread between rounds, of the loaders that were measured."""
     rows = {}
-    for contender in contenders:
-        rates = [one.images / one.seconds for one in contender.rounds]
-        rows[contender.name] = {
-            "loader": contender.name,
-            "start_up_s": contender.start_up_s,
+    for name in names:
+        own = [one for one in rounds if one["loader"] == name]
+        if not own or "error" in own[-1]:
+            continue
+        rates = [one["images"] / one["seconds"] for one in own]
+        images, seconds, cpu = (sum(one[key] for one in own) for key in ("images", "seconds", "cpu_seconds"))
+        rows[name] = {
+            "loader": name,
+            "start_up_s": own[0]["start_up_s"],
             **quantiles(rates, "images_per_s"),
-            "cpu_ms_per_image": 1e3 * contender.total("cpu_seconds") / contender.total("images"),
-            "busy_cores": contender.total("cpu_seconds") / contender.total("seconds"),
-            "images": contender.total("images"),
-            "seconds": contender.total("seconds"),
+            "cpu_ms_per_image": 1e3 * cpu / images,
+            "busy_cores": cpu / seconds,
+            "images": images,
+            "seconds": seconds,
             "rounds_images_per_s": rates,
         }
 
     def ratio(name: str) -> float | None:
-        if name not in rows:
+        if name not in rows or PLAIN not in rows:
             return None
-        return rows[name]["median_images_per_s"] / rows["torchvision"]["median_images_per_s"]
+        return rows[name]["median_images_per_s"] / rows[PLAIN]["median_images_per_s"]
 
     return {
         "rows": list(rows.values()),
+        "not_measured": {one["loader"]: one["error"] for one in rounds if "error" in one},
         "ratio_dali_cpu_over_torchvision": ratio("dali cpu"),
         "ratio_dali_gpu_over_torchvision": ratio("dali gpu"),
         "ratio_resident_over_torchvision": ratio("resident"),
@@ -234,7 +267,9 @@ def summarise(contenders: list[Contender]) -> dict[str, object]:
 
 
 def plot(result: dict, path: Path) -> None:
-    """Images a second, with the spread between rounds, and the ratio to the plain loader."""
+    """Images a second, with the spread between rounds, and the ratio to the first loader, the plain one."""
+    import matplotlib.pyplot as plt
+
     rows, environment = result["rows"], result["environment"]
     medians = [row["median_images_per_s"] for row in rows]
     spread = [
@@ -266,6 +301,8 @@ def print_table(result: dict) -> None:
             f"{row['p80_images_per_s']:8.0f}{row['median_images_per_s'] / rows[0]['median_images_per_s']:8.2f}"
             f"{row['cpu_ms_per_image']:14.2f}{row['start_up_s']:12.1f}"
         )
+    for name, reason in result["not_measured"].items():
+        print(f"{name:12}not measured: {reason}")
     warn_if_noisy(result["noise"])
 
 
@@ -314,12 +351,20 @@ def run(options: argparse.Namespace) -> None:
     chosen = ("batch_size", "size", "dtype", "seconds", "round_seconds")
     settings = {**read_once(images), **{name: getattr(options, name) for name in chosen}}
     print(json.dumps({"environment": environment, "settings": settings}, indent=1), flush=True)
-    contenders = start_all(options, images, device)
-    measure(contenders, options, device)
-    result = {"environment": environment, "settings": settings, **summarise(contenders)}
-    write_whole(path, json.dumps(result, indent=1) + "\n")
-    plot(result, picture)
-    print_table(result)
+    listed = plans(options, images, device)
+    absent = [] if version(DALI) else [name for name in listed if name != PLAIN]
+    lacking = dict.fromkeys(absent, "DALI is not installed")
+
+    def derive(rounds: list[dict]) -> dict[str, object]:
+        found = summarise(rounds, list(listed))
+        return found | {"not_measured": found["not_measured"] | lacking}
+
+    record = Record(path, environment, settings, derive, name="rounds")
+    measure({name: plan for name, plan in listed.items() if name not in lacking}, options, device, record)
+    result = record.write()
+    if result["rows"]:
+        draw(partial(plot, result, picture))
+        print_table(result)
 
 
 def main() -> None:

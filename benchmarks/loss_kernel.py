@@ -1,33 +1,41 @@
 """Which implementation of the loss is fastest, how much memory it takes and how far off it is.
 
-    python benchmarks/loss_kernel.py [--device cpu|cuda] [--json FILE] [--plot FILE]
+    python benchmarks/loss_kernel.py [--device cpu|cuda] [--preset NAME] [--json FILE] [--plot FILE]
 
-One line a shape, pass and implementation: the median time with 20th and 80th percentiles, peak extra memory, the
-rate achieved, the ratio to the roofline measured in the same run, and the largest relative error of the gradient
-against float64 (of the reference in float32 for shapes where float64 takes too long).
+One line a shape, pass and implementation: the median time with 20th and 80th percentiles and the ratio to the roofline
+measured in the same run; of forward and backward together also peak extra memory, whether a second call gives the
+same bits, and the largest relative error of the gradient against float64 (of the reference in float32 for shapes
+where float64 takes too long). The fused implementations get `filled` as a tensor, as in training. The forward pass
+alone is timed without a graph. torch.compile takes part at the main shapes of a GPU, where it tunes for a minute each.
+
+What fails has the error's first line instead of figures. Rows are on the disk as soon as all implementations have
+been measured in one pass of one shape: the same command goes on from there.
 """
 
 import argparse
 import json
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from command_line import Parser, check_device, default_device, positive, result_files
+from command_line import Parser, check_device, default_device, draw, positive, result_files
 from environment import describe
-from timing import ceilings, interleaved, peak_extra_bytes, warn_if_noisy, widest_spread
+from record import Record, failure, leave_if_broken
+from timing import ceilings, interleaved, once, peak_extra_bytes, warn_if_noisy, widest_spread
 from torch import Tensor
 
 from kdav_fast import kdav_loss
 from kdav_fast.errors import InputError
-from kdav_fast.runtime.files import write_whole
 
 SETTINGS = {"kappa_student": 10.0, "kappa_teacher": 10.0, "temperature": 1.0}
-PASSES = ("forward", "backward", "full")
+PASSES = ("full", "backward", "forward")
+WARM_UP = 3
+"""Calls: the first compiles, the second records CUDA graphs."""
+QUEUED = 20
+"""Calls without a pause between them."""
 
 
 class Shape(NamedTuple):
@@ -43,18 +51,34 @@ class Shape(NamedTuple):
         return f"B{self.batch} d{self.width} L{self.length} K{self.classes} {self.posterior}"
 
 
-def shapes(device: torch.device) -> list[Shape]:
-    """Shapes A and Bshape on a GPU, the largest one of issue size on a CPU; sweeps over L and B."""
-    if device.type == "cuda":
-        main = [(256, 512, 16384, 1000), (1024, 2048, 65536, 1000)]
-        sweep = [(256, 512, length, 1000) for length in (4096, 65536)]
-        sweep += [(batch, 512, 16384, 1000) for batch in (64, 1024)]
-        return [Shape(*s, kind) for s in main for kind in ("dense", "ids")] + [
-            Shape(*s, "dense") for s in sweep
-        ]
-    sweep = [(256, 512, 65536, 1000), (128, 64, 256, 100), (128, 64, 4096, 100), (128, 64, 16384, 100)]
-    sweep += [(16, 64, 512, 100), (32, 64, 4096, 100)]
-    return [Shape(256, 512, 65536, 1000, "ids"), *(Shape(*s, "dense") for s in sweep)]
+class Preset(NamedTuple):
+    shapes: list[Shape]
+    compiled: int
+    """The first so many also through torch.compile."""
+
+
+def both(*size: int) -> list[Shape]:
+    return [Shape(*size, kind) for kind in ("ids", "dense")]
+
+
+_DENSE = partial(Shape, posterior="dense")
+PRESETS = {
+    # Shapes A and Bshape, then sweeps over L and B.
+    "cuda": Preset(
+        [*both(256, 512, 16384, 1000), *both(1024, 2048, 65536, 1000)]
+        + [_DENSE(256, 512, length, 1000) for length in (4096, 65536)]
+        + [_DENSE(batch, 512, 16384, 1000) for batch in (64, 1024)],
+        compiled=4,
+    ),
+    # The largest that issues of a CPU are about, then sweeps.
+    "cpu": Preset(
+        both(256, 512, 65536, 1000)
+        + [_DENSE(128, 64, length, 100) for length in (256, 4096, 16384)]
+        + [_DENSE(16, 64, 512, 100), _DENSE(32, 64, 4096, 100)],
+        compiled=7,
+    ),
+    "tiny": Preset(both(16, 24, 64, 10), compiled=0),
+}
 
 
 def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
@@ -91,22 +115,42 @@ def eager_loss(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor,
     return (membership + prediction).mean()
 
 
-def implementations(device: torch.device) -> dict[str, tuple[torch.dtype, Callable[..., Tensor]]]:
-    """Name -> dtype of the inputs and the loss. Fused implementations take bfloat16 on a GPU, float32 on a CPU."""
+class Implementation(NamedTuple):
+    dtype: torch.dtype
+    """Of the inputs."""
+    loss: Callable[..., Tensor]
 
-    def by(impl: str) -> Callable[..., Tensor]:
-        return lambda *tensors: kdav_loss(*tensors, **SETTINGS, impl=impl).loss
+
+@cache
+def implementations(device: torch.device, compiled: bool) -> dict[str, Implementation]:
+    """By name. Fused implementations take bfloat16 on a GPU, float32 on a CPU."""
+
+    def fused(impl: str) -> Implementation:
+        def loss(*tensors: Tensor) -> Tensor:
+            # A tensor, as `TeacherMemory.filled` is: its value is unknown to the host.
+            return kdav_loss(*tensors, filled_rows(device, len(tensors[3])), **SETTINGS, impl=impl).loss
+
+        return Implementation(fast, loss)
 
     on_gpu = device.type == "cuda"
     fast = torch.bfloat16 if on_gpu else torch.float32
-    compiled = torch.compile(eager_loss, mode="max-autotune" if on_gpu else None, dynamic=False)
     table = {
-        "eager fp32": (torch.float32, by("reference")),
-        "eager bf16": (torch.bfloat16, eager_loss),
-        "compile": (fast, compiled),
-        "chunked": (fast, by("chunked")),
+        "eager fp32": Implementation(
+            torch.float32, lambda *tensors: kdav_loss(*tensors, **SETTINGS, impl="reference").loss
+        ),
+        "eager bf16": Implementation(torch.bfloat16, eager_loss),
     }
-    return table | ({"triton": (fast, by("triton"))} if on_gpu else {})
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # one function, all shapes
+        tuned = torch.compile(eager_loss, mode="max-autotune" if on_gpu else None, dynamic=False)
+        table["compile"] = Implementation(fast, tuned)
+    table["chunked"] = fused("chunked")
+    return table | ({"triton": fused("triton")} if on_gpu else {})
+
+
+@cache
+def filled_rows(device: torch.device, length: int) -> Tensor:
+    return torch.tensor(length, device=device)
 
 
 def roofline_seconds(
@@ -129,60 +173,93 @@ def roofline_seconds(
 def make_pass(loss: Callable[..., Tensor], tensors: list[Tensor], what: str) -> Callable[[], object]:
     """A function of no arguments that runs one pass; the backward pass's graph is built here, untimed."""
     if what == "forward":
-        return lambda: loss(*tensors)
+        return partial(torch.no_grad()(loss), *tensors)
     if what == "backward":
         value = loss(*tensors)
         return lambda: torch.autograd.grad(value, tensors[0])
     return lambda: torch.autograd.grad(loss(*tensors), tensors[0])
 
 
-def measure(shape: Shape, device: torch.device, seconds: float, rates: dict) -> list[dict]:
-    """Every implementation on one shape."""
-    table = implementations(device)
-    inputs = {dtype: make_inputs(shape, dtype, device) for dtype, _ in table.values()}
-    small = shape.batch * shape.length <= 2**22
-    exact = [
-        t.detach().to(torch.float64) if small and t.is_floating_point() else t for t in inputs[torch.float32]
-    ]
-    exact[0] = exact[0].detach().requires_grad_()
-    truth = torch.autograd.grad(kdav_loss(*exact, **SETTINGS, impl="reference").loss, exact[0])[0].double()
-    del exact
-    extra, errors = {}, {}
+def true_gradient(shape: Shape, inputs: list[Tensor], on_gpu: bool) -> tuple[Tensor, str]:
+    """The gradient that all are compared with, and what it was computed in."""
+    exact = on_gpu or shape.batch * shape.length <= 2**22
+    wide = [t.detach().double() if exact and t.is_floating_point() else t.detach() for t in inputs]
+    wide[0].requires_grad_()
+    (gradient,) = torch.autograd.grad(kdav_loss(*wide, **SETTINGS, impl="reference").loss, wide[0])
+    return gradient.double(), "float64" if exact else "float32 reference"
+
+
+def look_at(call: Callable[[], tuple[Tensor]], truth: Tensor, device: torch.device) -> dict[str, object]:
+    """Besides time: memory, error, and whether a second call gives the same bits."""
+    first, second = (call()[0].clone() for _ in range(2))
+    figures = {
+        "gradient_error": float((first.double() - truth).abs().max() / truth.abs().max()),
+        "same_bits_again": torch.equal(first, second),
+        "extra_mib": peak_extra_bytes(call, device) / 2**20,
+    }
+    if device.type == "cuda":
+        # Beside `median_s`, which begins on an idle device: what is left once launches overlap the work.
+        figures["queued_s"] = once(lambda: lambda: [call() for _ in range(QUEUED)], device) / QUEUED
+    return figures
+
+
+def measure(
+    shape: Shape, what: str, compiled: bool, device: torch.device, seconds: float, rates: dict, record: Record
+) -> None:
+    """One pass of every implementation on one shape, those in turn that are not in the record yet."""
+    key = {"shape": str(shape), **shape._asdict(), "pass": what}
+    table = {
+        name: one
+        for name, one in implementations(device, compiled).items()
+        if not record.find(shape=str(shape), implementation=name, **{"pass": what})
+    }
+    if not table:
+        return
+    inputs = {
+        dtype: make_inputs(shape, dtype, device)
+        for dtype in (torch.float32, *(one.dtype for one in table.values()))
+    }
+    whole = what == "full"
+    truth, against = (
+        true_gradient(shape, inputs[torch.float32], device.type == "cuda") if whole else (None, "")
+    )
+    makers, figures = {}, {}
     for name, (dtype, loss) in table.items():
-        full = make_pass(loss, inputs[dtype], "full")
-        errors[name] = float((full()[0].double() - truth).abs().max() / truth.abs().max())
-        extra[name] = peak_extra_bytes(full, device)
+        make = partial(make_pass, loss, inputs[dtype], what)
+        try:
+            with record.attempt(f"{shape} {what} {name}"):
+                for _ in range(WARM_UP):
+                    make()()
+                seen = look_at(make(), truth, device) | {"error_against": against} if whole else {}
+                once(make, device)  # an error of the device shows here at the latest
+        except Exception as error:  # whatever a compiler or the device raises costs this one only
+            print(f"{shape!s:38}{what:9}{name:11} failed: {failure(error)}", flush=True)
+            record.add({**key, "implementation": name, "error": failure(error)})
+            leave_if_broken(error)
+            continue
+        makers[name], figures[name] = make, seen
     rows = []
-    for what in PASSES:
-        calls = {name: partial(make_pass, loss, inputs[dtype], what) for name, (dtype, loss) in table.items()}
-        times = interleaved(calls, device, seconds)
-        for name, (dtype, _) in table.items():
-            flops, floor = roofline_seconds(shape, dtype, what, rates[dtype])
-            median = times[name]["median_s"]
-            row = {
-                "shape": str(shape),
-                **shape._asdict(),
-                "pass": what,
-                "implementation": name,
-                **times[name],
-            }
-            row |= {"tflops": flops / median / 1e12, "times_roofline": median / floor}
-            row |= {"speed_over_eager_fp32": times["eager fp32"]["median_s"] / median}
-            row |= {"extra_mib": extra[name] / 2**20, "gradient_error": errors[name]}
-            rows.append(row | {"error_against": "float64" if small else "float32 reference"})
-            print(
-                f"{shape!s:38}{what:9}{name:11}{median * 1e3:9.2f} ms "
-                f"[{times[name]['p20_s'] * 1e3:.2f}, {times[name]['p80_s'] * 1e3:.2f}] "
-                f"{row['tflops']:8.3f} TFLOP/s {row['times_roofline']:6.2f}x roofline "
-                f"{row['speed_over_eager_fp32']:5.2f}x eager {row['extra_mib']:8.1f} MiB error {errors[name]:.1e}",
-                flush=True,
-            )
-    return rows
+    for name, times in interleaved(makers, device, seconds).items() if makers else ():
+        dtype = table[name].dtype
+        flops, floor = roofline_seconds(shape, dtype, what, rates[str(dtype)])
+        median = times["median_s"]
+        row = {**key, "implementation": name, **times, "tflops": flops / median / 1e12}
+        row |= {"roofline_s": floor, "times_roofline": median / floor, **figures[name]}
+        rows.append(row)
+        print(
+            f"{shape!s:38}{what:9}{name:11}{median * 1e3:9.3f} ms "
+            f"[{times['p20_s'] * 1e3:.3f}, {times['p80_s'] * 1e3:.3f}] "
+            f"{row['tflops']:8.3f} TFLOP/s {row['times_roofline']:6.2f}x roofline",
+            flush=True,
+        )
+    record.add(*rows)
 
 
 def plot(rows: list[dict], environment: dict, path: Path) -> None:
     """Time of forward and backward together, and peak extra memory, by shape and implementation."""
-    full = [row for row in rows if row["pass"] == "full"]
+    import matplotlib.pyplot as plt
+
+    full = [row for row in rows if row["pass"] == "full" and "median_s" in row]
     names = list(dict.fromkeys(row["shape"] for row in full))
     figure, axes = plt.subplots(1, 2, figsize=(13, 1.5 + 0.75 * len(names)), sharey=True)
     kinds = list(dict.fromkeys(row["implementation"] for row in full))
@@ -214,30 +291,62 @@ def plot(rows: list[dict], environment: dict, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
+def print_table(rows: list[dict]) -> None:
+    """Forward and backward together, in microseconds: the last lines, for whoever sees only those."""
+    print(
+        f"{'forward and backward':38}{'':11}{'us':>10}{'queued':>10}{'roofline':>10}{'times':>8}{'error':>10}"
+    )
+    for row in (row for row in rows if row["pass"] == "full"):
+        begin = f"{row['shape']:38}{row['implementation']:11}"
+        if "error" in row:
+            print(f"{begin} {row['error']}")
+            continue
+        queued = f"{1e6 * row['queued_s']:10.1f}" if "queued_s" in row else f"{'-':>10}"
+        print(
+            f"{begin}{1e6 * row['median_s']:10.1f}{queued}{1e6 * row['roofline_s']:10.1f}"
+            f"{row['times_roofline']:8.2f}{row['gradient_error']:10.1e}"
+            f"{'' if row['same_bits_again'] else '  other bits the second time'}"
+        )
+
+
 def run(options: argparse.Namespace) -> None:
     """Raises InputError for what the user can mend."""
     device = check_device(options.device)
     path, picture = result_files(options, "loss_kernel")
-    environment = describe(device)
-    rates = {dtype: ceilings(device, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    environment["ceilings"] = {str(dtype): rate for dtype, rate in rates.items()}
+    name = options.preset or device.type
+    preset = PRESETS[name]
+    code = ("kernels", "benchmarks/loss_kernel.py", "benchmarks/timing.py")
+    environment = describe(device, code=code)
     print(json.dumps(environment, indent=1))
-    rows = []
-    listed = shapes(device)
-    for index, shape in enumerate(listed):
-        print(f"[{index + 1}/{len(listed)}] {shape}", flush=True)
-        rows += measure(shape, device, options.seconds, rates)
-        torch._dynamo.reset()
-    noise = widest_spread(rows)
-    write_whole(path, json.dumps({"environment": environment, "rows": rows, "noise": noise}, indent=1) + "\n")
-    plot(rows, environment, picture)
-    warn_if_noisy(noise)
+
+    def derive(rows: list[dict]) -> dict[str, Any]:
+        return {"noise": widest_spread(rows)}
+
+    record = Record(path, environment, {"preset": name, "seconds": options.seconds}, derive)
+    rates = record.keep("ceilings", lambda: rates_of(device, options.seconds))
+    for what in ("full", "others"):
+        for index, shape in enumerate(preset.shapes):
+            print(f"[{index + 1}/{len(preset.shapes)}] {shape}", flush=True)
+            for one in PASSES[:1] if what == "full" else PASSES[1:]:
+                measure(shape, one, index < preset.compiled, device, options.seconds, rates, record)
+    result = record.write()
+    draw(partial(plot, record.rows, environment, picture))
+    print_table(record.rows)
+    warn_if_noisy(result["noise"])
+
+
+def rates_of(device: torch.device, seconds: float) -> dict[str, dict[str, float]]:
+    """Of the device, by dtype, for as long as a pass of a shape is measured."""
+    return {
+        str(dtype): ceilings(device, dtype, min(1.0, seconds)) for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def main() -> None:
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default=default_device())
+    add("--preset", choices=tuple(PRESETS), help="shapes (those of the device)")
     add("--seconds", type=positive(float), default=1.0, help="for one pass of one shape, all implementations")
     add("--json", type=Path, help="result (benchmarks/results/loss_kernel_DEVICE.json)")
     add("--plot", type=Path, help="picture (beside the result)")

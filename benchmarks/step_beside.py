@@ -21,8 +21,9 @@ from typing import Any, Self
 from command_line import Parser, positive
 from step_contenders import CEILING, CONTENDERS, FULL, REFERENCES, SLOW
 from step_images import make_photographs
+from step_results import ALLOWED
 from timing import quantiles
-from training_step import ALLOWED, PRESETS
+from training_step import PRESETS
 from training_step import make_parser as make_step_parser
 
 from kdav_fast.errors import InputError

@@ -1,20 +1,23 @@
 """What benchmarks/training_step.py measures: trainers at work, each with its own loader.
 
-All begin with the same weights and take their first step on the same batch, whose losses must be equal.
+All begin with the same weights and take their first step on the same batch, whose losses must be equal. What stands
+beside the run's engine is in step_variants.py.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 import reference_train
+import step_variants
 import torch
-from data_pipeline import DALI_READY
+from data_pipeline import DALI, DALI_READY
+from environment import version
 from reference_train import Trainer
 from timing import peak_extra_bytes, wait_until_idle
 from torch import Tensor
@@ -39,9 +42,17 @@ REFERENCES = {
     "reference bf16 channels_last compiled": {"precision": "bf16", "channels_last": True, "compiled": True},
 }
 PLAIN, SLOW, FULL, CEILING = "reference fp32", "kdav_fast fp32", "kdav_fast", "kdav_fast synthetic"
-CONTENDERS = (*REFERENCES, SLOW, FULL, CEILING)
 STUDENT, TEACHER = "student only", "teacher forward"
 """What a step without distillation would consist of; measured with CEILING, on the same batch."""
+VARIANTS = {f"{CEILING}, {name}": variant for name, variant in step_variants.VARIANTS.items()}
+CONTENDERS = (*REFERENCES, SLOW, FULL, CEILING, *VARIANTS)
+NEEDS = {
+    SLOW: ("deepspeed", DALI),
+    FULL: ("deepspeed", DALI),
+    CEILING: ("deepspeed",),
+    STUDENT: ("deepspeed",),
+}
+"""Packages without which a contender cannot be measured."""
 LONG_EPOCH = 2**20
 """A DataLoader's workers idle at an epoch's end, which a short one would make look frequent."""
 WARM_UP = 3
@@ -50,6 +61,16 @@ WARM_UP = 3
 
 SETTLING = 4
 """Steps before a round's clock starts, or a few more where batches come in groups."""
+
+
+def obstacle(name: str, device: str) -> str | None:
+    """What stands in the way of measuring a contender on this machine; None if nothing does."""
+    absent = [package for package in NEEDS.get(name, ()) if version(package) is None]
+    if absent:
+        return f"{' and '.join(absent)} not installed"
+    if device == "cpu" and name in VARIANTS and VARIANTS[name].only_on_gpu:
+        return "only on a GPU"
+    return None
 
 
 class Round(NamedTuple):
@@ -111,7 +132,7 @@ class Flags(NamedTuple):
 
 @dataclass
 class Contender:
-    """Something that takes steps, and its rounds so far."""
+    """Something that takes steps."""
 
     name: str
     step: Callable[[], object]
@@ -131,10 +152,6 @@ class Contender:
     """On a GPU: what it holds between steps."""
     step_bytes: int = 0
     """What a step holds at most beyond that."""
-    rounds: list[Round] = field(default_factory=list)
-
-    def total(self, what: str) -> float:
-        return sum(getattr(one, what) for one in self.rounds)
 
 
 class Start(NamedTuple):
@@ -165,7 +182,6 @@ class Builder:
         self.exact: set[str] = set()
         """Whose was taken in float32."""
         self._flags = Flags.read()
-        self._start: Start | None = None
         self._fast_bytes = 0
         # The package's group of one process is there for all, but alone a plain program has none to ask.
         reference_train.gather = lambda rows: rows
@@ -202,13 +218,7 @@ class Builder:
         return torch.cuda.memory_allocated() if self.device.type == "cuda" else 0
 
     def _reference(self, name: str) -> Contender:
-        trainer = Trainer(self._config, **REFERENCES[name])
-        images = trainer.train_loader.dataset
-        images.samples = images.samples * (LONG_EPOCH // len(images) + 1)
-        trainer.train_loader = trainer._build_train_loader()
-        batches = trainer.training_batches()
-        if self._start is None:
-            self._start = _start_of(trainer, *next(batches))
+        trainer, batches = self._plain if name == PLAIN else self._train(name)
         start = self._start
         trainer.student.network.load_stock_state_dict(start.network)
         with torch.no_grad():
@@ -221,17 +231,48 @@ class Builder:
         # A DataLoader prefetches 2 batches a worker, and every worker makes a batch of its own.
         return Contender(name, lambda: trainer.step(*next(batches)), batches, 2 * workers, workers)
 
+    def _train(self, name: str) -> tuple[Trainer, Iterator[tuple[Tensor, Tensor]]]:
+        trainer = Trainer(self._config, **REFERENCES[name])
+        images = trainer.train_loader.dataset
+        images.samples = images.samples * (LONG_EPOCH // len(images) + 1)
+        trainer.train_loader = trainer._build_train_loader()
+        return trainer, trainer.training_batches()
+
+    @cached_property
+    def _plain(self) -> tuple[Trainer, Iterator[tuple[Tensor, Tensor]]]:
+        return self._train(PLAIN)
+
+    @cached_property
+    def _start(self) -> Start:
+        """The same whenever it is asked for: weights, order and cuts follow from the recipe's seed."""
+        self._flags.apply()
+        trainer, batches = self._plain
+        return _start_of(trainer, *next(batches))
+
     def _package(self, name: str) -> Contender:
         if name == TEACHER:
-            return Contender(name, lambda: self._fast_run.teacher(self._batch))
+            teacher = (
+                self._fast_run.teacher if version("deepspeed") else self._set_up(self._fast_config).teacher
+            )
+            return Contender(name, lambda: teacher(self._batch))
         if name == STUDENT:
             config = self._fast_config.model_copy(update={"distiller": method_section({"name": "none"})})
             return self._stepping(name, self._run(config), repeat(self._batch), 0)
+        if name in VARIANTS:
+            return self._variant(name)
         run = self._run(self._config) if name == SLOW else self._fast_run
         self._take_first_step(name, run)
         if name == CEILING:
             return self._stepping(name, run, repeat(self._batch), 0)
         return self._stepping(name, run, chain.from_iterable(repeat(run.loaders.train)), DALI_READY)
+
+    def _variant(self, name: str) -> Contender:
+        run = self._set_up(self._fast_config)
+        run.trainee.train()
+        step = VARIANTS[name].build(run)
+        with self._first_step(name, exact=run.dtype is None):
+            self.losses[name] = step(self._batch).item()
+        return Contender(name, lambda: step(self._batch))
 
     def _stepping(self, name: str, run: Run, batches: Iterator[Batch], ready: int) -> Contender:
         clock, meter = PartClock(self.device), TrainMeter(self._cluster)
@@ -257,13 +298,18 @@ class Builder:
         images, target = self._start.images, self._start.target
         return Batch(images, target, torch.ones_like(target, dtype=torch.bool), target)
 
-    def _run(self, config: Config) -> Run:
+    def _set_up(self, config: Config) -> Run:
+        """With the weights that all begin with; its engine is not started."""
         run = set_up(config, self._cluster)
         if config.distiller.name != "none":
             run.student.network.load_stock_state_dict(self._start.network)
             with torch.no_grad():
                 run.student.head.projector.weight.copy_(self._start.projector)
                 run.student.head.center.copy_(self._start.center)
+        return run
+
+    def _run(self, config: Config) -> Run:
+        run = self._set_up(config)
         run.start_engine()
         run.trainee.train()
         found, evaluation = run.loaders.train.images, run.loaders.evaluation.images
@@ -284,7 +330,8 @@ class Builder:
 
     def _take_first_step(self, name: str, run: Run) -> None:
         if name == CEILING and FULL in self.losses:
-            return  # the same networks, which have taken it
+            self.losses[name] = self.losses[FULL]  # the same networks, which have taken it
+            return
         with self._first_step(name, exact=run.dtype is None):
             _, (first,) = take_step(run, islice(repeat(self._batch), 1), 0)
             self.losses[name] = first.answer.total.item()

@@ -1,13 +1,14 @@
 """The picture of benchmarks/training_step.py."""
 
-import io
+from pathlib import Path
 
-import matplotlib.pyplot as plt
 from step_contenders import CONTENDERS
 
 
-def plot(result: dict) -> bytes:
-    """A PNG: images a second with the spread between rounds, and where a step's time goes."""
+def plot(result: dict, path: Path) -> None:
+    """Images a second with the spread between rounds, and where a step's time goes."""
+    import matplotlib.pyplot as plt
+
     rows = [row for row in result["rows"] if row["contender"] in CONTENDERS]
     medians = [row["median_images_per_s"] for row in rows]
     spread = [
@@ -41,7 +42,5 @@ def plot(result: dict) -> bytes:
         fontsize=10,
     )
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(path, dpi=120)
     plt.close(figure)
-    return buffer.getvalue()

@@ -63,12 +63,18 @@ def _rates(rows: list[dict], label: str, first: str) -> list[list[str]]:
 
 
 def _loss_kernel(data: dict) -> list[Table]:
-    head = ["shape", "implementation", "ms", "20 %", "80 %", "x eager fp32", "extra MiB", "gradient error"]
+    head = ["shape", "implementation", "ms", "20 %", "80 %", "x eager fp32", "x roofline"]
+    head += ["extra MiB", "gradient error"]
     full = [row for row in data["rows"] if row["pass"] == "full"]
+    eager = {row["shape"]: row for row in full if row["implementation"] == "eager fp32"}
 
     def cells(row: dict) -> list[str]:
+        if "error" in row:
+            return [row["shape"], row["implementation"], row["error"], *[""] * 6]
         times = [number(1e3 * row[key]) for key in ("median_s", "p20_s", "p80_s")]
-        figures = [number(row["speed_over_eager_fp32"]), number(row["extra_mib"])]
+        base = eager.get(row["shape"], {}).get("median_s")
+        speed = number(None if base is None else base / row["median_s"])
+        figures = [speed, number(row["times_roofline"]), number(row["extra_mib"])]
         return [row["shape"], row["implementation"], *times, *figures, f"{row['gradient_error']:.1e}"]
 
     large = [cells(row) for row in full if row["shape"].startswith(LARGE)]

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -28,8 +27,11 @@ def quantiles(values: list[float], unit: str = "s") -> dict[str, float]:
 
 
 def widest_spread(rows: list[dict[str, float]], unit: str = "s") -> float:
-    """The largest (p80 - p20) / median among rows of `quantiles`: how noisy the machine was."""
-    return max((row[f"p80_{unit}"] - row[f"p20_{unit}"]) / row[f"median_{unit}"] for row in rows)
+    """The largest (p80 - p20) / median among rows of `quantiles`: how noisy the machine was. 0 without rows."""
+    measured = [row for row in rows if f"median_{unit}" in row]
+    return max(
+        ((row[f"p80_{unit}"] - row[f"p20_{unit}"]) / row[f"median_{unit}"] for row in measured), default=0.0
+    )
 
 
 def warn_if_noisy(noise: float) -> None:
@@ -65,10 +67,9 @@ def interleaved(
 ) -> dict[str, dict[str, float]]:
     """Times of all in turn, so that what else the machine does falls on each alike.
 
-    Each maker returns the function to time; what the maker itself does is not in the time.
+    Each maker returns the function to time; what the maker itself does is not in the time. What must be compiled or
+    allocated first is up to the caller.
     """
-    for make in makers.values():
-        make()()  # compiles, allocates
     times: dict[str, list[float]] = {name: [] for name in makers}
     stop = time.perf_counter() + seconds
     while time.perf_counter() < stop or len(next(iter(times.values()))) < fewest:
@@ -79,6 +80,8 @@ def interleaved(
 
 def cpu_seconds() -> float:
     """Processor time so far of this process and of its live `multiprocessing` children."""
+    import psutil  # the kernels are also measured where it is not installed
+
     children = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
     times = [process.cpu_times() for process in (psutil.Process(), *children)]
     return sum(spent.user + spent.system for spent in times)
@@ -119,15 +122,16 @@ def peak_extra_bytes(function: Callable[[], object], device: torch.device) -> in
     return max(held) - held[0] + anchor.nbytes
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def ceilings(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> dict[str, float]:
     """Rates measured now: FLOP/s of a large matrix product in `dtype`, bytes/s (read plus written) of a copy."""
     size, length = (8192, 2**28) if device.type == "cuda" else (1536, 2**25)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     source = torch.randn(length, device=device)
     target = torch.empty_like(source)
-    times = interleaved(
-        {"product": lambda: lambda: a @ b, "copy": lambda: lambda: target.copy_(source)}, device, 1.0, 5
-    )
+    makers = {"product": lambda: lambda: a @ b, "copy": lambda: lambda: target.copy_(source)}
+    for make in makers.values():
+        make()()
+    times = interleaved(makers, device, seconds, 5)
     return {
         "flops_per_s": 2 * size**3 / times["product"]["median_s"],
         "bytes_per_s": 2 * source.nbytes / times["copy"]["median_s"],

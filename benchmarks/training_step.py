@@ -4,9 +4,12 @@
 
 The contenders run one recipe (KDAV; launch/imagenet_resnet34_resnet18.yaml at these sizes) on the same images and
 cores, from the same weights: the reference three ways, kdav_fast in float32, kdav_fast with what makes it fast
-(`FAST` in step_contenders.py), and the latter on one batch that lies on the device, the ceiling. A student that learns
-from labels, and the teacher alone, show what distillation adds. Before anything is timed, all take their first step
-on the same batch, and their losses must be equal.
+(`FAST` in step_contenders.py), and the latter on one batch that lies on the device, the ceiling; that also without
+DeepSpeed (step_variants.py). A student that learns from labels, and the teacher alone, show what distillation adds.
+Before it is timed, each takes its first step on the same batch; a loss that is not the plain reference's is told in
+the table. What cannot be measured here, for want of a package or memory, is told there too, and the others go on.
+
+Every round is on the disk when it is over: the same command goes on from there.
 
 They are measured in turn, a few seconds each. Nothing that lay ready counts, and no loader works in another's time:
 
@@ -30,36 +33,35 @@ import argparse
 import json
 import os
 import tempfile
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
-from command_line import Parser, check_device, default_device, positive, result_files
-from data_pipeline import open_set, pin, read_once
-from environment import describe
+from command_line import Parser, check_device, default_device, draw, positive, result_files
+from data_pipeline import DALI, open_set, pin, read_once
+from environment import describe, version
+from record import Record, failure, leave_if_broken
 from step_contenders import (
     CEILING,
     CONTENDERS,
     FAST,
-    FULL,
     PLAIN,
-    REFERENCES,
-    SLOW,
     STUDENT,
     TEACHER,
     Builder,
     Contender,
+    obstacle,
     run_round,
 )
 from step_images import link_tree, make_photographs, make_recipe, override_recipe
 from step_plot import plot
-from timing import quantiles, warn_if_noisy, widest_spread
+from step_results import print_table, summarise
 from timm_peer import PEERS, run_peer, why_not
 
 from kdav_fast.errors import InputError
-from kdav_fast.runtime.files import write_whole
 from kdav_fast.runtime.processes import start_cluster
-from kdav_fast.train.step import PARTS
 
-PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "nvidia-dali-cuda130", "triton", "numpy")
+PACKAGES = ("torch", "torchvision", "timm", "deepspeed", DALI, "triton", "numpy")
 FEWEST = 3
 """Rounds of each contender."""
 PRESETS = {
@@ -90,153 +92,54 @@ PRESETS = {
 }
 PEER_STEPS = 500
 """Of an epoch of timm's train.py, more than are measured: its workers start anew with every epoch."""
-SPEED_TARGET = {"cuda": 4.0, "cpu": 1.5}
-ALLOWED, ALLOWED_FP32 = 2e-2, 1e-4
-"""Relative differences of the first loss from the plain reference's, in half precision and in float32."""
 
 
-def check(losses: dict[str, float], exact: set[str]) -> list[dict]:
-    """That all began with the same step, of which `exact` took it in float32.
+def measure(
+    names: list[str], options: argparse.Namespace, build: Callable[[], Builder], record: Record
+) -> None:
+    """A round of each as soon as it is started, then of all in turn; only what the record does not hold yet.
 
-    Raises:
-        AssertionError: one did not, which makes its speed meaningless.
+    Args:
+        names: in the order in which they are started.
+        build: called when there is something to measure.
     """
-    rows = []
-    for name, loss in losses.items():
-        difference = abs(loss - losses[PLAIN]) / abs(losses[PLAIN])
-        allowed = ALLOWED_FP32 if name in exact else ALLOWED
-        rows.append(
-            {"contender": name, "first_loss": loss, "relative_difference": difference, "allowed": allowed}
-        )
-        if not difference <= allowed:
-            raise AssertionError(
-                f"{name} has loss {loss:.6f} on the first batch and {PLAIN} has {losses[PLAIN]:.6f}: relative "
-                f"difference {difference:.1e}, allowed {allowed:.0e}; they do not train the same"
-            )
-    return rows
-
-
-def measure(contenders: list[Contender], options: argparse.Namespace, builder: Builder) -> None:
-    """Rounds of all in turn."""
     rounds = max(FEWEST, round(options.seconds / options.round_seconds))
+    at_work: dict[str, Contender] = {}
+    builder = None
     for number in range(1, rounds + 1):
-        for contender in contenders:
-            contender.rounds.append(run_round(contender, options.round_seconds, builder))
-        rates = ", ".join(f"{c.name} {_rates(c, options.batch_size)[-1]:.0f}" for c in contenders)
-        print(f"round {number} of {rounds}: {rates} images/s", flush=True)
+        for name in names:
+            known = record.find(contender=name)
+            if any("error" in one for one in known) or sum("steps" in one for one in known) >= number:
+                continue
+            builder = builder or build()
+            try:
+                with record.attempt(name):
+                    if name not in at_work:
+                        at_work[name] = builder.build(name)
+                    one = run_round(at_work[name], options.round_seconds, builder)
+            except Exception as error:  # whatever a library or the device raises costs this one only
+                print(f"{name} failed: {failure(error)}", flush=True)
+                record.add({"contender": name, "error": failure(error)})
+                leave_if_broken(error)
+                continue
+            start = [] if any("first_loss" in row for row in known) else [facts(at_work[name], builder)]
+            record.add(*start, {"contender": name, **one._asdict()})
+            rate = one.steps * options.batch_size / one.seconds
+            print(f"round {number} of {rounds}: {name} {rate:.0f} images/s", flush=True)
 
 
-def _rates(contender: Contender, batch_size: int) -> list[float]:
-    return [one.steps * batch_size / one.seconds for one in contender.rounds]
-
-
-def make_row(contender: Contender, batch_size: int, on_gpu: bool) -> dict[str, object]:
-    """What was measured of one contender."""
-    steps = [one.seconds / one.steps for one in contender.rounds]
-    rates = _rates(contender, batch_size)
-    resident = contender.resident_bytes / 2**20
-    extra = contender.step_bytes / 2**20
+def facts(contender: Contender, builder: Builder) -> dict[str, object]:
+    """What is known of one when it has been started."""
+    name = contender.name
     return {
-        "contender": contender.name,
-        **quantiles(rates, "images_per_s"),
-        **quantiles(steps, "step_s"),
-        "images": contender.total("steps") * batch_size,
-        "seconds": contender.total("seconds"),
+        "contender": name,
+        "first_loss": builder.losses.get(name),
+        "exact": name in builder.exact,
         "start_up_s": contender.start_up_s,
         "compiled_graphs": contender.compiled_graphs,
-        "step_memory_mib": extra,
-        "peak_memory_mib": resident + extra if on_gpu else None,
-        "rounds_images_per_s": rates,
+        "resident_bytes": contender.resident_bytes,
+        "step_bytes": contender.step_bytes,
     }
-
-
-def breakdown(contender: Contender) -> dict[str, float | None]:
-    """Medians over the rounds, in seconds a step."""
-    rounds = contender.rounds
-    names = [name for name in PARTS if name in rounds[0].parts]
-    values = {name: quantiles([one.parts[name] / one.steps for one in rounds])["median_s"] for name in names}
-    others = [(one.seconds - sum(one.parts.values())) / one.steps for one in rounds]
-    # Of several processes, a profiler would tell it.
-    return {**values, "other": quantiles(others)["median_s"], "communication": None}
-
-
-def summarise(contenders: list[Contender], options: argparse.Namespace) -> dict[str, object]:
-    """Rows, parts of a step, quotients of medians and targets."""
-    on_gpu = options.device == "cuda"
-    rows = [make_row(contender, options.batch_size, on_gpu) for contender in contenders]
-    by_name = {row["contender"]: row for row in rows}
-
-    def quotient(what: str, over: str, under: str) -> float | None:
-        if over not in by_name or under not in by_name:
-            return None
-        return by_name[over][what] / by_name[under][what]
-
-    parts = {c.name: breakdown(c) for c in contenders if c.name in (SLOW, FULL, CEILING)}
-    loss_share = overhead = None
-    if FULL in by_name:
-        loss_share = parts[FULL]["loss"] / by_name[FULL]["median_step_s"]
-    if CEILING in by_name:
-        without = by_name[STUDENT]["median_step_s"] + by_name[TEACHER]["median_step_s"]
-        overhead = by_name[CEILING]["median_step_s"] / without
-    ratios = {name: quotient("median_images_per_s", FULL, name) for name in (*REFERENCES, SLOW)}
-    share = quotient("median_images_per_s", FULL, CEILING)
-    targets = [
-        ("end to end, over reference fp32", ">=", SPEED_TARGET[options.device], ratios[PLAIN]),
-        ("share of the synthetic ceiling", ">=", 0.9, share),
-        ("loss and memory, share of the step", "<=", 0.03, loss_share),
-        ("step over student only and teacher", "<=", 1.05, overhead),
-    ]
-    return {
-        "rows": rows,
-        "breakdown_s": parts,
-        "ratios_kdav_fast_over": ratios,
-        "share_of_ceiling": share,
-        "loss_share": loss_share,
-        "distillation_overhead": overhead,
-        "targets": [judge(*target) | _reason(target[0], options.device) for target in targets],
-        "noise": widest_spread(rows, "images_per_s"),
-    }
-
-
-def judge(name: str, sign: str, target: float, measured: float | None) -> dict[str, object]:
-    """A target's row; of what was not measured, it is not known whether it is met."""
-    met = None
-    if measured is not None:
-        met = measured >= target if sign == ">=" else measured <= target
-    return {"name": name, "target": f"{sign} {target:g}", "measured": measured, "met": met}
-
-
-def _reason(name: str, device: str) -> dict[str, str]:
-    """What is known to stand in a target's way."""
-    short = "a step of so small networks is short, the loss does not shrink with them"
-    known = {
-        "share of the synthetic ceiling": "images are decoded on the cores that train",
-        "loss and memory, share of the step": short,
-        "step over student only and teacher": short,
-    }
-    if device == "cpu" and name in known:
-        return {"reason": known[name]}
-    return {}
-
-
-def print_table(result: dict) -> None:
-    warn_if_noisy(result["noise"])
-    for target in result["targets"]:
-        measured = "not measured" if target["measured"] is None else f"{target['measured']:.3f}"
-        met = {True: "yes", False: "no", None: "-"}[target["met"]]
-        print(f"{target['name']:38}{target['target']:>9}{measured:>14}  met: {met}")
-    rows = result["rows"]
-    print(
-        f"{'contender':39}{'images/s':>10}{'p20':>8}{'p80':>8}{'ratio':>8}{'step ms':>10}{'memory MiB':>12}"
-    )
-    for row in rows:
-        memory = row["step_memory_mib"] if row["peak_memory_mib"] is None else row["peak_memory_mib"]
-        memory = "-" if memory is None else f"{memory:.0f}"
-        print(
-            f"{row['contender']:39}{row['median_images_per_s']:10.1f}{row['p20_images_per_s']:8.1f}"
-            f"{row['p80_images_per_s']:8.1f}{row['median_images_per_s'] / rows[0]['median_images_per_s']:8.2f}"
-            f"{1e3 * row['median_step_s']:10.1f}{memory:>12}"
-        )
 
 
 def make_parser() -> Parser:
@@ -272,17 +175,21 @@ def make_parser() -> Parser:
     return parser
 
 
-def measure_peers(options: argparse.Namespace, tree: Path) -> list[dict[str, object]]:
-    """Rows of timm's own program; none, and a line that says why, where it cannot take part."""
+def measure_peers(options: argparse.Namespace, tree: Callable[[], Path], record: Record) -> None:
+    """timm's own program, if a checkout is given; a line that says why, where it cannot take part."""
     reason = why_not(options.timm, options.teacher, options.student)
     if reason:
         print(reason, flush=True)
-        return []
+        return
     sizes = {name: getattr(options, name) for name in PRESETS[options.device]}
-    return [
-        run_peer(name, options.timm, tree, sizes, options.device, options.cores, options.seconds)
-        for name in PEERS
-    ]
+    for name in PEERS:
+        if record.find(contender=name):
+            continue
+        try:
+            row = run_peer(name, options.timm, tree(), sizes, options.device, options.cores, options.seconds)
+        except InputError as error:
+            row = {"contender": name, "error": str(error)}
+        record.add(row)
 
 
 def check_options(options: argparse.Namespace) -> None:
@@ -314,8 +221,10 @@ def run(options: argparse.Namespace, folder: Path) -> None:
     read = read_once(open_set(root, options.images))
     sizes = {name: getattr(options, name) for name in PRESETS[options.device]}
     tree = link_tree(folder / "tree", root, max(options.images, options.batch_size), options.classes)
+    # Without DALI, what needs no loader of its own still has one, from which nothing is taken.
+    fast = ({} if version(DALI) else {"data.loader": "torchvision"}) | FAST
+    fast |= dict(override.split("=", 1) for override in options.fast)
     config = make_recipe(folder, tree, {**sizes, "device": options.device})
-    fast = FAST | dict(override.split("=", 1) for override in options.fast)
     fast_config = override_recipe(config, fast)
     pin(options.cores)
     cluster = start_cluster(options.device)
@@ -324,7 +233,7 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         **sizes,
         **read,
         "source": "made: noise of the size of photographs" if options.root is None else options.root.name,
-        "fast": fast,
+        "fast": FAST | dict(override.split("=", 1) for override in options.fast),
         "memory": "peak"
         if options.device == "cuda"
         else "of one step; what lies between steps is not told apart",
@@ -333,21 +242,21 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 
     # The references come first: their workers are forks, which should not inherit DALI's threads.
     chosen = [name for name in CONTENDERS if name in options.contenders or name == PLAIN]
-    builder = Builder(config, fast_config, cluster)
-    contenders = [builder.build(name) for name in (*chosen, *((STUDENT, TEACHER) * (CEILING in chosen)))]
-    equality = check(builder.losses, builder.exact)
-    measure(contenders, options, builder)
+    chosen += (STUDENT, TEACHER) * (CEILING in chosen)
+    found = {name: obstacle(name, options.device) for name in chosen}
+    lacking = {name: reason for name, reason in found.items() if reason}
 
-    result = {"environment": environment, "settings": settings, "first_step": equality}
-    result |= summarise(contenders, options)
-    long = (
-        link_tree(folder / "long", root, options.batch_size * PEER_STEPS, options.classes)
-        if options.timm
-        else tree
-    )
-    result["rows"] += measure_peers(options, long)
-    write_whole(options.json, json.dumps(result, indent=1) + "\n")
-    write_whole(options.plot, plot(result))
+    def derive(measured: list[dict]) -> dict[str, object]:
+        return summarise(measured, lacking, options.batch_size, options.device)
+
+    record = Record(options.json, environment, settings, derive, name="measured")
+    names = [name for name in chosen if name not in lacking]
+    measure(names, options, lambda: Builder(config, fast_config, cluster), record)
+    count = options.batch_size * PEER_STEPS
+    measure_peers(options, cache(lambda: link_tree(folder / "long", root, count, options.classes)), record)
+    result = record.write()
+    if result["rows"]:
+        draw(partial(plot, result, options.plot))
     print_table(result)
 
 
@@ -360,7 +269,7 @@ def main() -> None:
     except InputError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; nothing was written\n")
+        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
 
 
 if __name__ == "__main__":
