@@ -1,9 +1,10 @@
 """Which process of a run was lost: a failed collective tells only that a connection broke or that time ran out.
 
 Each process beats: a thread changes the process's own entry in a store on rank 0 about once a second. Rank 0 watches
-all entries and the others watch rank 0's; whose entry stands still for too long is lost. A process that ends by its own
-error leaves the cause in the store, for the others to quote. Another thread ends the process where the main one waits
-for somebody who is lost, wherever that may be: inside a collective, or in a library.
+all entries and the others watch rank 0's; whose entry stands still for too long is lost, much sooner if its connection
+is closed too. A process that ends by its own error leaves the cause in the store, for the others to quote. Another
+thread ends the process where the main one waits for somebody who is lost, wherever that may be: inside a collective
+that never fails, for a device on which it runs, or in a library. Only who keeps Python's lock cannot be helped so.
 """
 
 import atexit
@@ -14,12 +15,13 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
 
 from kdav_fast.errors import InputError, RankLostError, named
+from kdav_fast.runtime.connections import Connections
 from kdav_fast.runtime.ending import before_end, end_process
 from kdav_fast.runtime.interrupts import terminations
 from kdav_fast.runtime.meeting import Meeting, claim, gather_all, look
@@ -28,6 +30,8 @@ _CAUSE = "cause"
 _LEFT = b"left"
 _INPUT = "bad input: "
 """Begins a cause that the user can put right."""
+_CLEANING = 3
+"""Patiences that a process which has named the cause may take to end by itself."""
 
 
 class Liveness:
@@ -41,8 +45,8 @@ class Liveness:
         meeting: Where they meet; None for a single process.
         silence: Seconds without a sign of life after which the run ends wherever it is, naming who is silent.
         beat: Seconds between two signs of life.
-        patience: Seconds without any after which a process counts as lost when something has failed. Long enough
-            for a busy machine, and for a main thread that holds Python's lock.
+        patience: Seconds without any after which a process counts as lost when something has failed or its connection
+            is closed. Long enough for a busy machine, and for a main thread that holds Python's lock.
 
     Raises:
         InputError: another process has this rank.
@@ -68,11 +72,12 @@ class Liveness:
         # Of a connection its own, since only its thread may wait for a host that is frozen.
         self._store = dist.PrefixStore(meeting.next_run(), meeting.store())
         claim(self._store, rank, self._name)
+        self._connections, self._closed = Connections(self._store, rank), set()
         self._cause = ""  # why the run cannot go on, as the store has it
         self._last_words = ""  # what this process leaves there
         self._entries: list[bytes] = []  # the latest reading, while `lost` asks for it
         self._asked = self._all_here = self._settling = self._told = False
-        self._heard = time.monotonic()  # when rank 0's store answered last
+        self._answers = 0  # of rank 0's store
         self._leaving = threading.Event()
         # Only this thread talks to the store: a host that is frozen never answers, and nobody may wait for it.
         self._thread = threading.Thread(target=self._keep_beating, name="liveness", daemon=True)
@@ -101,6 +106,7 @@ class Liveness:
         store = dist.PrefixStore(f"run {self._meeting.runs}", self._meeting.store())
         self._store.set(str(self._rank), "0")
         self._names = gather_all(store, self._rank, self._world, facts, timeout, _CAUSE)
+        self._connections.connect(store, self._meeting.address)
         self._all_here = True
         return dist.PrefixStore("group", store)
 
@@ -150,6 +156,10 @@ class Liveness:
     def _given_up(self, cause: str) -> RankLostError | InputError:
         error = self._as_error(cause)
         self._exit_code = _exit_code(error)
+        # What is cleaned up on the way may wait for a device that waits for who is lost, or for another thread.
+        guard = threading.Timer(_CLEANING * self._patience, end_process, [self._exit_code])
+        guard.daemon = True
+        guard.start()
         return error
 
     @staticmethod
@@ -233,7 +243,7 @@ class Liveness:
             self._thread.join(self._beat)
 
     def _keep_beating(self) -> None:
-        beats, watched = 0, _Watched(self._silence)
+        beats, watched = 0, _Watched(self._silence, self._patience)
         try:
             while not self._cause and not self._leaving.wait(self._beat):
                 beats += 1
@@ -241,12 +251,12 @@ class Liveness:
                 if self._all_here:
                     if self._asked:
                         self._entries = self._read_entries()
-                    silent = watched.silent(self._entries_to_watch())
+                    silent = watched.silent(self._entries_to_watch(), self._closed)
                     if silent:
                         lost = _silent([self._names[rank] for rank in silent])
                         self._store.compare_set(_CAUSE, "", lost)
                 self._cause = look(self._store, _CAUSE)
-                self._heard = time.monotonic()
+                self._answers += 1
             if self._last_words:
                 self._store.compare_set(_CAUSE, "", self._last_words)  # the first cause is that of the others
             self._store.set(str(self._rank), _LEFT)
@@ -264,16 +274,19 @@ class Liveness:
 
     def _watch(self) -> None:
         """End the process should the main thread not come back from waiting for who is lost."""
-        grace = self._patience / 2
+        grace, watched = self._patience / 2, _Watched(self._silence, self._patience)
         while not self._leaving.wait(self._beat / 2):
+            if self._all_here:
+                self._closed = self._connections.closed()
             if self._settling:
                 continue
             ended = not self._thread.is_alive()
             if self._cause or ended:
                 if not self._leaving.wait(grace) and not self._settling:
                     self._end_by(self._cause or _silent(self._names[:1]))
-            elif self._rank > 0 and time.monotonic() - self._heard > self._silence:
+            elif self._rank > 0 and watched.silent({0: self._answers}, self._closed):
                 self._end_by(_silent(self._names[:1]))
+        self._connections.close()
 
     def _end_by(self, cause: str) -> None:
         error = self._as_error(cause)
@@ -302,19 +315,28 @@ class Liveness:
 
 
 class _Watched:
-    """Since when each entry stands still."""
+    """For how long each entry stands still.
 
-    def __init__(self, silence: float) -> None:
-        self._silence = silence
-        self._last: dict[int, tuple[bytes, float]] = {}
+    By a clock of its own, which stands still as well while this process is suspended: the others may have been, too.
+    """
 
-    def silent(self, entries: Mapping[int, bytes]) -> list[int]:
-        """Whose entry has not changed for too long."""
-        now = time.monotonic()
+    def __init__(self, silence: float, patience: float) -> None:
+        self._silence, self._patience = silence, patience
+        self._now, self._looked = 0.0, time.monotonic()
+        self._last: dict[int, tuple[object, float]] = {}
+
+    def silent(self, entries: Mapping[int, object], closed: Collection[int] = ()) -> list[int]:
+        """Whose entry has not changed for too long, which is less for those whose connections are closed."""
+        moment = time.monotonic()
+        self._now += min(moment - self._looked, self._patience / 2)
+        self._looked = moment
         for rank, entry in entries.items():
             if rank not in self._last or self._last[rank][0] != entry or entry == _LEFT:
-                self._last[rank] = (entry, now)
-        return [rank for rank in entries if now - self._last[rank][1] > self._silence]
+                self._last[rank] = (entry, self._now)
+        return [rank for rank in entries if self._now - self._last[rank][1] > self._allowed(rank in closed)]
+
+    def _allowed(self, closed: bool) -> float:
+        return self._patience if closed else self._silence
 
 
 def _exit_code(error: Exception) -> int:

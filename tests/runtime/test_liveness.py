@@ -4,6 +4,7 @@ Each test runs this file as a script, which forks the processes and prints what 
 """
 
 import atexit
+import ctypes
 import itertools
 import json
 import os
@@ -15,9 +16,11 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from datetime import timedelta
 from typing import NamedTuple
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,8 +33,14 @@ WORLD = 3
 BEAT, PATIENCE = 0.1, 3.0
 COLLECTIVES = timedelta(seconds=5)
 MEETING = 20.0
+SILENCE = 10.0
+FOR_EVER = 10000.0
 WATCHDOG = 120
 """Seconds until a test that hangs is ended; no test measures time."""
+HARMLESS = ("suspend all", "keep the lock")
+"""What no rank is lost by."""
+UNBROKEN = (*HARMLESS, "kill behind a child")
+"""What collectives do not notice."""
 
 
 def run_rank(fault: str, faulty: int) -> None:
@@ -39,21 +48,30 @@ def run_rank(fault: str, faulty: int) -> None:
     rank = int(os.environ["RANK"])
     atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())  # run last, as in a run
     meeting = Meeting(rank, WORLD, MEETING)
-    liveness = Liveness(rank, WORLD, meeting, silence=2 * COLLECTIVES.seconds, beat=BEAT, patience=PATIENCE)
+    silence = {"kill behind a child": FOR_EVER, "suspend all": 4.0}.get(fault, SILENCE)
+    liveness = Liveness(rank, WORLD, meeting, silence=silence, beat=BEAT, patience=PATIENCE)
     votes = []
     with liveness.naming_lost_ranks():
         if fault == "never come" and rank == faulty:
             sys.exit()
         store = liveness.meet({"lr": "0.5" if fault == "unlike" and rank == faulty else "0.1"}, MEETING)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=COLLECTIVES)
+        collectives = timedelta(seconds=FOR_EVER) if fault in UNBROKEN else COLLECTIVES
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=collectives)
         patient = dist.new_group(backend="gloo", timeout=timedelta(minutes=30))
         for step in itertools.count():
             if step == 10 and fault == "kill":
                 threading.Thread(target=play_launcher, daemon=True).start()
+            if step == 10 and fault == "kill behind a child":
+                signal.signal(signal.SIGTERM, lambda *_: None)  # as while a run trains
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
             if step == 10 and rank == faulty:
                 if fault == "leave":
                     return
                 commit(fault)
+            if step == 10 and fault == "linger":
+                threading.Thread(target=threading.Event().wait).start()
+            if step == 20 and fault in HARMLESS:
+                return
             if step == 10 and fault == "freeze while others wait" and rank != faulty:
                 dist.barrier(group=patient)
             if step == 10 and fault == "fail alike":
@@ -65,8 +83,18 @@ def run_rank(fault: str, faulty: int) -> None:
 
 
 def commit(fault: str) -> None:
-    if fault == "kill":
+    if fault == "kill behind a child":
+        time.sleep(10 * BEAT)  # until rank 0 knows whose its connection is
+        if os.fork() == 0:
+            os.close(sys.stdout.fileno())  # which its reader would wait for
+            time.sleep(WATCHDOG)  # and gloo's connections stay open
+            os._exit(0)
+    if fault.startswith("kill") or fault == "linger":
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "suspend all":
+        os.killpg(0, signal.SIGSTOP)
+    if fault == "keep the lock":
+        ctypes.PyDLL(None).usleep(int(1.5 * PATIENCE * 1e6))
     if fault.startswith("freeze"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if fault == "input":
@@ -122,9 +150,11 @@ def ends(fault: str, faulty: int) -> list[End]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, start_new_session=True)
     try:
+        if fault == "suspend all":
+            resume_later(script.pid)
         results = json.loads(script.communicate(timeout=WATCHDOG)[0])
     finally:
-        if script.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(script.pid, signal.SIGKILL)  # the forked ranks too
     return [
         End(
@@ -135,6 +165,14 @@ def ends(fault: str, faulty: int) -> list[End]:
         )
         for rank, (process, code, errors) in enumerate(results)
     ]
+
+
+def resume_later(script: int) -> None:
+    """As after Ctrl-Z, or of a laptop that was closed: all processes stand still for longer than the silence."""
+    while psutil.Process(script).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.1)
+    time.sleep(6.0)
+    os.killpg(script, signal.SIGCONT)
 
 
 def check_others_say(ranks: list[End], faulty: int, what: str) -> None:
@@ -195,6 +233,27 @@ def test_a_rank_frozen_while_the_others_wait_long_for_it_is_named_in_time(faulty
         # From the thread that watches, or, where the other survivor has ended before, from the broken collective.
         assert f"{ranks[faulty].name} no longer answers; look into its output" in ranks[survivor].error
         assert ranks[survivor].code == 1
+
+
+@pytest.mark.parametrize("faulty", [1, pytest.param(0, marks=pytest.mark.slow, id="rank 0 with the store")])
+def test_a_killed_rank_is_named_where_collectives_block_for_ever(faulty):
+    """As NCCL's do: gloo's connections to it stay open, and its launcher's SIGTERM meets a run's handler."""
+    ranks = ends("kill behind a child", faulty)
+    for survivor in {*range(WORLD)} - {faulty}:
+        line = f"kdav: error: {ranks[faulty].name} no longer answers; look into its output, then start"
+        assert ranks[survivor].error.startswith(line)
+        assert ranks[survivor].code == 1
+
+
+@pytest.mark.slow
+def test_a_rank_ends_although_another_thread_of_its_own_does_not():
+    check_others_say(ends("linger", 1), 1, "no longer answers")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", HARMLESS)
+def test_a_rank_that_stood_still_is_not_lost(fault):
+    assert [end.code for end in ends(fault, 1)] == [0] * WORLD
 
 
 @pytest.mark.parametrize("faulty", [1, pytest.param(0, marks=pytest.mark.slow, id="rank 0 with the store")])
