@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,8 @@ T = TypeVar("T")
 # Of control messages: long enough for rank 0 to scan a large data set on a slow file system while the others wait.
 # Whether it is still there, `Liveness` watches meanwhile.
 TIMEOUT = timedelta(hours=24)
+_MARGIN = 30.0
+"""Seconds; the watch takes half of them."""
 _TELLING = 60.0
 """Seconds for processes that still import to come and hear that the run cannot begin."""
 
@@ -91,28 +93,40 @@ class Cluster:
         return tensor
 
     @torch.no_grad()
-    def average_buffers(self, module: nn.Module) -> None:
-        """Make every rank hold the mean of all ranks' floating-point buffers.
+    def sum_each(self, tensors: Iterable[torch.Tensor]) -> None:
+        """`sum` of many tensors of one device, alike in number and shapes on all ranks: one message a dtype."""
+        if self.world == 1:
+            return
+        of_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors:
+            of_dtype.setdefault(tensor.dtype, []).append(tensor)
+        for parts in of_dtype.values():
+            whole = self.sum(torch.cat([part.reshape(-1) for part in parts]))
+            for part, total in zip(parts, whole.split([part.numel() for part in parts]), strict=True):
+                part.copy_(total.view(part.shape))
+
+    @torch.no_grad()
+    def average_each(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Make many tensors their means over all ranks, as `sum_each` does."""
+        tensors = list(tensors)
+        if self.world > 1:
+            self.sum_each(tensors)
+            for tensor in tensors:
+                tensor.div_(self.world)
+
+    @contextmanager
+    def averaged_buffers(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside, every rank holds the mean of all ranks' floating-point buffers; then its own again.
 
         Each rank's BatchNorm statistics come from its own share of the batch. The head's class sums become means
         over ranks too, which leaves every prototype where it was.
         """
-        if self.world > 1:
-            for buffer in module.buffers():
-                if buffer.is_floating_point():
-                    self.sum(buffer).div_(self.world)
-
-    @contextmanager
-    def averaged_buffers(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """`average_buffers` while inside; then each rank has its own again, as if nobody had looked."""
-        modules = list(modules)
-        own = [[buffer.clone() for buffer in module.buffers()] for module in modules]
-        for module in modules:
-            self.average_buffers(module)
+        buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+        own = [buffer.clone() for buffer in buffers]
+        self.average_each(buffers)
         yield
-        for module, kept in zip(modules, own, strict=True):
-            for buffer, value in zip(module.buffers(), kept, strict=True):
-                buffer.copy_(value)
+        for buffer, value in zip(buffers, own, strict=True):
+            buffer.copy_(value)
 
 
 _meeting: Meeting | None = None
@@ -153,21 +167,27 @@ def start_cluster(
         if world == 1:
             if not dist.is_initialized():
                 # A store in this process: it needs no port, and two runs on a host do not collide.
-                backend = "nccl" if kind == "cuda" else "gloo"
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+                dist.init_process_group(**_backend(place), store=dist.HashStore(), rank=0, world_size=1)
             return Cluster(rank, world, local_rank, local_world, place, None, liveness)
         everybody = {"WORLD_SIZE": str(world), "the device": kind, **code_facts(), **(facts or {})}
         store = liveness.meet(everybody, comm_timeout)
         if not dist.is_initialized():
+            timeout = collective_timeout(comm_timeout)
             dist.init_process_group(
-                "nccl" if kind == "cuda" else "gloo",
-                store=store,
-                rank=rank,
-                world_size=world,
-                timeout=timedelta(seconds=comm_timeout),
+                **_backend(place), store=store, rank=rank, world_size=world, timeout=timeout
             )
         control = dist.new_group(backend="gloo", timeout=TIMEOUT)
     return Cluster(rank, world, local_rank, local_world, place, control, liveness)
+
+
+def _backend(device: torch.device) -> dict[str, Any]:
+    """For torch's process group: NCCL meets at once, so that what is wrong with it is said where the run begins."""
+    return {"backend": "nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+
+
+def collective_timeout(comm_timeout: float) -> timedelta:
+    """What torch's groups get: the run's own watch comes first, since NCCL's ends a process without a word."""
+    return timedelta(seconds=comm_timeout + _MARGIN)
 
 
 def _liveness(rank: int, world: int, timeout: float, patience: float = 10.0) -> Liveness:

@@ -88,8 +88,7 @@ def _measure(run: Run, phase: Measure, position: PhasePosition, after_batch: Aft
             bar.update()
             if after_batch(position, _save_due(run, position.step, total), {}):
                 return False
-    for summed in phase.sums:
-        run.cluster.sum(summed)
+    run.cluster.sum_each(phase.sums)
     phase.finish()
     return True
 
@@ -144,9 +143,9 @@ def _fit_batch(run: Run, phase: Fit, batch: Batch, optimizer: torch.optim.Optimi
     loss.backward()
     for group in optimizer.param_groups:
         group["lr"] = lr
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                run.cluster.sum(parameter.grad).div_(run.cluster.world)
+        run.cluster.average_each(
+            parameter.grad for parameter in group["params"] if parameter.grad is not None
+        )
     optimizer.step()
     return loss.detach()
 

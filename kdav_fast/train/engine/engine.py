@@ -5,7 +5,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError, one_line
 from kdav_fast.runtime.precision import LossScale
-from kdav_fast.runtime.processes import Cluster
+from kdav_fast.runtime.processes import Cluster, collective_timeout
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
 
@@ -119,7 +118,7 @@ class Engine(ABC):
             ) from None
         if cluster.world > 1:
             # Its own group over all ranks has torch's half hour, whatever the default group has.
-            engine.data_parallel_group.set_timeout(timedelta(seconds=config.comm_timeout))
+            engine.data_parallel_group.set_timeout(collective_timeout(config.comm_timeout))
         # Its loss scalers for fp16 judge each rank's part alone and do not lower the scale after a skipped step.
         engine.torch_autocast_z0_gradscaler = None
         engine.optimizer.torch_autocast_gradscaler = None
