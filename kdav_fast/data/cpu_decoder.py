@@ -13,16 +13,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional
 
 from kdav_fast.data.dali_graph import Source, as_source
-from kdav_fast.data.formats import for_dali
-from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import CenterCrop, RandomResizedCrop
-from kdav_fast.data.read_ahead import read_ahead
 
 QUEUE = 2
 """Batches that DALI decodes ahead."""
-# Batches whose files are read before DALI asks for them, and decoded ones whose resampling has begun.
-_READ_AHEAD = 2
-_RESAMPLED_AHEAD = 1
+_RESAMPLED_AHEAD = 1  # decoded batches whose resampling has begun
 _LONGEST = 16  # times the short side
 BEGUN = QUEUE + _RESAMPLED_AHEAD + 1
 """Batches that may have been begun beyond the one that was handed out."""
@@ -35,8 +30,7 @@ class CpuDecoder:
     faster one (1,091 against 714 images/s for the whole loader), and it is Pillow's to a level of 255, up to the edges.
 
     Args:
-        images: the split.
-        batches: B positions for every batch; endless.
+        contents: the B files of every batch; endless.
         crop: the random part, or the middle.
         size: S, pixels.
         batch_size: B.
@@ -46,13 +40,12 @@ class CpuDecoder:
 
     Raises:
         RuntimeError: an image cannot be decoded, or (from the constructor) the checkpoint does not fit.
-        OSError: an image cannot be read.
+        OSError: what `contents` raises.
     """
 
     def __init__(
         self,
-        images: EncodedImages,
-        batches: Iterator[np.ndarray],
+        contents: Iterator[list[np.ndarray]],
         crop: RandomResizedCrop | CenterCrop,
         size: int,
         *,
@@ -63,9 +56,7 @@ class CpuDecoder:
     ) -> None:
         self._crop, self._size = crop, size
         self._pipeline = _pipeline(
-            as_source(
-                read_ahead(batches, lambda position: for_dali(images.read(position)), _READ_AHEAD), QUEUE
-            ),
+            as_source(contents, QUEUE),
             crop,
             batch_size=batch_size,
             num_threads=threads,

@@ -25,10 +25,9 @@ from kdav_fast.data.dali_graph import (
     normalize,
 )
 from kdav_fast.data.epoch_loader import EpochLoader
-from kdav_fast.data.formats import for_dali
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import Preprocessing, crop_of_square, square_crop
-from kdav_fast.data.read_ahead import read_ahead
+from kdav_fast.data.read_ahead import ReaderLostError, read_ahead
 from kdav_fast.errors import InputError
 
 # Batches in the pipeline's queue, and those whose files are read before it asks for them.
@@ -71,6 +70,8 @@ class DaliLoader(EpochLoader):
         for batch in range(first, self.batches_per_epoch):
             try:
                 images = self._run()
+            except ReaderLostError:
+                raise
             except (RuntimeError, OSError):
                 # A pipeline that failed is lost; a new one can go on from here once the files are repaired.
                 self._checkpoint = self._pipeline.checkpoint()
@@ -147,12 +148,10 @@ class DaliLoader(EpochLoader):
         """What the pipeline takes for each batch: files, or squares, or pixels. Refers to no loader: in a
         reference cycle, its threads would outlive it."""
         if self._decode == "gpu":
-            read = self.images.read
-            return read_ahead(batches, lambda position: for_dali(read(position)), _READ_AHEAD)
+            return read_ahead(batches, self.images, _READ_AHEAD)
         if self._decode == "cpu":
             self._decoder = CpuDecoder(
-                self.images,
-                batches,
+                read_ahead(batches, self.images, _READ_AHEAD),
                 square_crop(self.preprocessing.crop, self.preprocessing.size),
                 self.preprocessing.size,
                 batch_size=self._epochs.rows,

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
+from kdav_fast.data.reading_process import fill, open_range, too_short
 from kdav_fast.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,8 +52,23 @@ class ImageSet(ABC):
         """The same set with only these images, in this order. All classes stay."""
 
 
+class Places(NamedTuple):
+    """Where the bytes of N images are."""
+
+    paths: list[str]
+    """Of the files."""
+    starts: np.ndarray
+    """First bytes in them, int64."""
+    sizes: np.ndarray
+    """Bytes, int64; -1 for a file to its end."""
+
+
 class EncodedImages(ImageSet):
     """Images as files: JPEG, PNG and others."""
+
+    @abstractmethod
+    def places(self, positions: np.ndarray) -> Places:
+        """Where some images are; no file is looked at."""
 
     @abstractmethod
     def open(self, position: int) -> BinaryIO:
@@ -61,13 +78,22 @@ class EncodedImages(ImageSet):
             OSError: it cannot be opened.
         """
 
-    @abstractmethod
     def read(self, position: int) -> np.ndarray:
         """All bytes of one image, uint8. Called from many threads at once.
 
         Raises:
             OSError: it cannot be read.
         """
+        (path,), (start,), (size,) = self.places(np.array([position]))
+        descriptor, room = open_range(path, size)
+        try:
+            content = np.empty(room, np.uint8)
+            got = fill(memoryview(content), descriptor, start)
+        finally:
+            os.close(descriptor)
+        if got < size:
+            raise too_short(path)
+        return content[:got]
 
     @abstractmethod
     def byte_sizes(self) -> np.ndarray:

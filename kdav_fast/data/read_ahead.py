@@ -1,47 +1,139 @@
-"""Reading the files of coming batches while earlier ones are decoded."""
+"""Reading the files of coming batches, in another process, while earlier ones are decoded."""
 
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 import numpy as np
 
-# Threads mostly wait for the file system; more of them than cores hide its latency.
-READERS = 8
+from kdav_fast.data import reading_process
+from kdav_fast.data.image_set import EncodedImages
+from kdav_fast.data.reading_process import MESSAGE, Slab, pack_request
+from kdav_fast.errors import RankLostError
+from kdav_fast.runtime.interrupts import STOP_SIGNALS
+
+_PATIENCE = 1.0  # seconds for a process that was killed to be gone
+
+
+class ReaderLostError(RankLostError):
+    """The process that reads is gone; told as that of a rank is."""
 
 
 def read_ahead(
-    batches: Iterable[np.ndarray], read: Callable[[int], np.ndarray], depth: int
+    batches: Iterable[np.ndarray], images: EncodedImages, depth: int
 ) -> Iterator[list[np.ndarray]]:
-    """The contents of every batch's images, read by threads `depth` batches ahead.
+    """The contents of every batch's images as DALI decodes them, read `depth` batches ahead.
+
+    The arrays lie in memory that is shared with the process that reads, and used again once nobody refers to any of a
+    batch's. It holds as much as the largest batches did that lay there: of those that are referred to, and of
+    `depth` + 1 more. The process ends with the iterator.
 
     Args:
         batches: B image positions each; may be endless.
-        read: from a position to the image's bytes; called by several threads.
+        images: the split.
         depth: how many batches are read beyond the one that is yielded.
 
     Raises:
-        OSError: what `read` raises, when its batch is asked for.
+        OSError: an image cannot be read, when its batch is asked for.
+        ReaderLostError: the process is gone.
     """
-
-    def read_part(positions: Sequence[int]) -> list[np.ndarray]:
-        return [read(position) for position in positions]
-
-    # Never shut down or joined here: a discarded iterator is finalised wherever Python's collector happens to run,
-    # which may be inside `threading` or `concurrent.futures`, under the very lock that a shutdown waits for.
-    # The threads end by themselves once nothing refers to the pool.
-    pool = ThreadPoolExecutor(READERS, thread_name_prefix="read-ahead")
-    # One task a thread and batch: a task for each image costs more than reading a small one.
-    pending: deque[list[Future]] = deque()
+    reader = _Reader()
     for batch in batches:
-        parts = np.array_split(batch, READERS)
-        pending.append([pool.submit(read_part, part.tolist()) for part in parts if len(part)])
-        if len(pending) > depth:
-            yield _contents(pending.popleft())
-    while pending:
-        yield _contents(pending.popleft())
+        reader.ask(images, batch)
+        if reader.asked > depth:
+            yield reader.answer()
+    while reader.asked:
+        yield reader.answer()
 
 
-def _contents(parts: list[Future]) -> list[np.ndarray]:
-    return list(chain.from_iterable(part.result() for part in parts))
+class _Reader:
+    """A process that reads."""
+
+    def __init__(self) -> None:
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # The signals that stop a run are for the run, which may ask for more batches until it has saved its state.
+        # A process inherits what its maker's thread does not want to hear of.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", reading_process.__file__, str(os.getpid()), *sys.path],
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            theirs.close()
+        self._free: deque[tuple[int, Slab]] = deque()
+        weakref.finalize(self, _end, os.getpid(), self._process, self._channel, self._free)
+        self._asked: deque[tuple[int, Slab, int]] = deque()  # and how many images
+        self._slabs = 0
+
+    @property
+    def asked(self) -> int:
+        """Batches that were asked for, and not answered yet."""
+        return len(self._asked)
+
+    def ask(self, images: EncodedImages, batch: np.ndarray) -> None:
+        """Have a batch's images read."""
+        new = not self._free
+        number, slab = self._new_slab() if new else self._free.popleft()
+        places = images.places(batch)
+        request = pack_request(places.paths, places.starts.tobytes(), places.sizes.tobytes())
+        slab.first(len(request))[:] = request
+        message = MESSAGE.pack(number, len(request))
+        try:
+            # Either side's messages are few and short: no one ever waits for room.
+            socket.send_fds(self._channel, [message], [slab.descriptor] if new else [])
+        except ConnectionError:
+            raise self._lost() from None
+        self._asked.append((number, slab, len(batch)))
+
+    def answer(self) -> list[np.ndarray]:
+        """The contents of the batch that was asked for first."""
+        try:
+            message = self._channel.recv(MESSAGE.size)
+        except ConnectionError:
+            message = b""
+        if not message:
+            raise self._lost()
+        _, length = MESSAGE.unpack(message)
+        number, slab, count = self._asked.popleft()
+        if length < 0:
+            code, text, path = json.loads(bytes(slab.first(-length)))
+            raise OSError(text) if code is None else OSError(code, text, path)
+        whole = np.frombuffer(slab.first(length), np.uint8)
+        # Each content's base. It dies when the last of them does.
+        weakref.finalize(whole, self._free.append, (number, slab)).atexit = False
+        table = whole[: 16 * count].view(np.int64).tolist()
+        return [whole[start:end] for start, end in zip(table[::2], table[1::2], strict=True)]
+
+    def _new_slab(self) -> tuple[int, Slab]:
+        self._slabs += 1
+        return self._slabs, Slab(os.memfd_create("kdav_fast-files"))
+
+    def _lost(self) -> ReaderLostError:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        return ReaderLostError(
+            f"process {self._process.pid}, which reads image files, {how}; if not by you, then mostly for want of "
+            "memory, which the system's log tells: the same command continues from the last checkpoint"
+        )
+
+
+def _end(creator: int, process: subprocess.Popen, channel: socket.socket, free: deque) -> None:
+    """Where a discarded reader is finalised is chance: wherever Python's collector runs, perhaps under a lock of the
+    standard library. So this waits for no other thread, and for nothing for long."""
+    if os.getpid() != creator:
+        return  # a fork's copy was collected
+    free.clear()
+    channel.close()
+    process.kill()
+    with suppress(subprocess.TimeoutExpired):  # it hangs in a file system, and ends when that answers
+        process.wait(_PATIENCE)

@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import chain
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -16,7 +17,7 @@ from kdav_fast.data.preprocessing import (
 from kdav_fast.data.resident import decode_once
 from kdav_fast.data.sources.folder import ImageFolder
 from kdav_fast.data.torchvision_loader import TorchvisionLoader
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, RankLostError
 from tests.data.batches import AUGMENTED, EVERYTHING, assert_equal, assert_same_images, order_of
 
 
@@ -174,6 +175,18 @@ def test_a_corrupt_image_is_named(make_loader, make_split, shuffle, damage):
     victim.write_bytes(content)
     seen += loader
     assert sorted(order_of(seen)) == list(range(9))
+
+
+@pytest.mark.parametrize("loader_class", ["dali"], indirect=True)
+def test_the_end_of_the_process_that_reads_ends_the_run_in_one_line(make_loader, numbered_split):
+    loader = make_loader(numbered_split(40), batch_size=2)
+    batches = iter(loader)
+    next(batches)
+    for child in psutil.Process().children():
+        child.kill()
+    with pytest.raises(RankLostError, match="which reads image files, was ended by SIGKILL") as error:
+        list(batches)
+    assert "\n" not in str(error.value)
 
 
 def test_nothing_is_opened_before_the_first_batch(make_loader, tmp_path):

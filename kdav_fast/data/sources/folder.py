@@ -1,9 +1,7 @@
 """A data set as a tree of class folders: `ROOT/SPLIT/CLASS/**/IMAGE`; evaluation images also in one folder."""
 
-import errno
 import hashlib
 import os
-import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +12,8 @@ from typing import BinaryIO
 import numpy as np
 
 from kdav_fast.data.formats import HEAD_BYTES, IMAGE_SUFFIXES, format_of
-from kdav_fast.data.image_set import EncodedImages, is_utf8, printable
+from kdav_fast.data.image_set import EncodedImages, Places, is_utf8, printable
+from kdav_fast.data.reading_process import open_range
 from kdav_fast.data.sources.flat_split import describe_label_files, find_label_file, read_labels
 from kdav_fast.errors import InputError, listed
 
@@ -52,11 +51,10 @@ class ImageFolder(EncodedImages):
     def open(self, position: int) -> BinaryIO:
         return open_regular_file(self._path(position))
 
-    def read(self, position: int) -> np.ndarray:
-        with self.open(position) as file:
-            content = np.empty(os.fstat(file.fileno()).st_size, np.uint8)
-            got = file.readinto(content)
-        return content[:got]
+    def places(self, positions: np.ndarray) -> Places:
+        root, count = f"{self.root}{os.sep}", len(positions)
+        paths = [root + self.paths[position] for position in positions.tolist()]
+        return Places(paths, np.zeros(count, np.int64), np.full(count, -1))
 
     def byte_sizes(self) -> np.ndarray:
         return self._byte_sizes
@@ -213,11 +211,7 @@ def open_regular_file(path: str) -> BinaryIO:
     Raises:
         OSError: it cannot be opened, or it is not a regular file.
     """
-    # Without O_NONBLOCK the mere opening of a named pipe waits for its writer.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", path)
+    descriptor, _ = open_range(path, -1)
     return os.fdopen(descriptor, "rb", buffering=0)
 
 

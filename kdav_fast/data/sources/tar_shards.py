@@ -1,6 +1,5 @@
 """A data set as tar shards in WebDataset's convention: `KEY.jpg` and `KEY.cls` next to each other."""
 
-import errno
 import hashlib
 import os
 import re
@@ -14,7 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from kdav_fast.data.fingerprint import content_of
-from kdav_fast.data.image_set import ByteRange, EncodedImages, printable
+from kdav_fast.data.image_set import ByteRange, EncodedImages, Places, printable
 from kdav_fast.data.sources.folder import open_regular_file
 from kdav_fast.data.sources.tar_index import index_shards
 from kdav_fast.errors import InputError, listed
@@ -64,17 +63,10 @@ class TarShards(EncodedImages):
         shard = open_regular_file(self._path(position))
         return ByteRange(shard, int(self.offsets[position]), int(self.sizes[position]))
 
-    def read(self, position: int) -> np.ndarray:
-        path, offset, size = self._path(position), int(self.offsets[position]), int(self.sizes[position])
-        content = np.empty(size, np.uint8)
-        got = 0
-        with open_regular_file(path) as shard:
-            while got < size:  # one call reads at most 2 GiB
-                more = os.preadv(shard.fileno(), [content[got:]], offset + got)
-                if more == 0:
-                    raise OSError(errno.EIO, "the shard is shorter than its index says", path)
-                got += more
-        return content
+    def places(self, positions: np.ndarray) -> Places:
+        root = f"{self.root}{os.sep}"
+        paths = [root + self.shards[shard] for shard in self.shard_ids[positions].tolist()]
+        return Places(paths, self.offsets[positions], self.sizes[positions])
 
     def byte_sizes(self) -> np.ndarray:
         return self.sizes
