@@ -1,19 +1,22 @@
-"""Compiles every Triton kernel without a GPU and reports what the machine code needs.
+"""Compiles every Triton kernel that training launches, without a GPU, and reports what its machine code does.
 
     python -m kdav_fast.kernels.aot --targets sm_80,sm_90,sm_100 [--json FILE]
 
-Exit codes: 0 all clean; 1 a kernel spills, asks for more shared or tensor memory than the device has, or does not
-compile; 2 bad arguments.
+Exit codes: 0 all clean; 1 a kernel does not compile, spills, asks for more shared or tensor memory than the device
+has, or loads from global memory less than 8 bytes a thread at a time where it could do better; 2 bad arguments.
 """
 
 import argparse
+import importlib
 import json
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,147 +25,121 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kdav_fast.kernels import triton_chunk, triton_kdav, triton_kernels
-from kdav_fast.kernels.tiles import TILES
+from kdav_fast.kernels import cost, launches, triton_chunk
+from kdav_fast.kernels.sass import report
 
-# Bytes of shared memory that one block may ask for (CUDA programming guide, compute capabilities).
+# Bytes of shared memory that one block, and that all of a multiprocessor's, may ask for (CUDA programming guide,
+# compute capabilities). A multiprocessor has 64 K registers and 2,048 threads in all three.
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024}
 TENSOR_MEMORY_COLUMNS = 512
-# Instructions of the matrix units in SASS: Ampere's, Hopper's, Blackwell's.
-MATRIX_INSTRUCTIONS = {"HMMA": r"\bHMMA\.", "HGMMA": r"\bHGMMA\.", "UTCMMA": r"\bUTC\w*MMA\b"}
-POINTER_NAME = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64"}
-SHORT_NAME = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "ids"}
-INPUTS = ("student", "teacher", "memory", "logits", "grad")
-INTEGERS = (
-    "batch", "length", "width", "classes", "class_groups", "splits", "class_splits", "columns",
-)  # fmt: skip
-REALS = ("kappa_student", "kappa_teacher", "temperature", "eps")
+REGISTERS, THREADS, PROGRAMS = 65536, 2048, 32
+
+
+class Narrow(NamedTuple):
+    """Loads of less than 8 bytes that a kernel means to have, in one thread's code."""
+
+    once: int = 8
+    """Outside loops: one value for a whole row of a tile."""
+    in_loops: int = 0
+
+
+NARROW: dict[str, Narrow] = {
+    # Ratios by class id, 8 a thread.
+    "slope_kernel ids": Narrow(once=12),
+}
+"""By kernel, or kernel and kind of posterior. Not asked of shapes that are odd, whose rows start anywhere."""
 
 
 class Job(NamedTuple):
-    """One kernel with one set of constants, for one target."""
+    """One kernel as launched, for one target."""
 
     target: str
-    kernel: str
     variant: str
-    pointers: dict[str, str]
-    """Types of the arguments that are not float32 pointers, by name."""
-    constants: dict[str, Any]
-    options: dict[str, int]
-
-
-def jobs(target: str, classes: int = 1000) -> Iterator[Job]:
-    """Every kernel at every tile configuration in use, for each dtype and kind of posterior."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        inputs = dict.fromkeys(INPUTS, POINTER_NAME[dtype])
-        yield from _product_jobs(target, dtype, inputs, classes)
-        constants = {"BLOCK_K": triton_kdav.DIVERGENCE_BLOCK_K, "BLOCK_S": triton_kdav.MAX_SPLITS}
-        ratio = dtype if dtype == torch.bfloat16 else torch.float32
-        pointers = inputs | {"ratio": POINTER_NAME[ratio]}
-        yield Job(target, "divergence_kernel", SHORT_NAME[dtype], pointers, constants, {})
-        for width in (512, 4096):
-            variant = f"{SHORT_NAME[dtype]} d {width}"
-            yield Job(target, "embedding_gradient_kernel", variant, inputs, {"BLOCK_W": width}, {})
-        for masked in (False, True):
-            weights = {"weights": POINTER_NAME[dtype], "slope": POINTER_NAME[dtype]}
-            constants = {"MASKED": masked, "BLOCK": triton_chunk.BLOCK}
-            variant = f"{SHORT_NAME[dtype]}{' masked' * masked}"
-            yield Job(target, "absorb_kernel", variant, weights, constants, {})
-            yield Job(target, "slope_kernel", variant, weights, constants, {})
-
-
-def _product_jobs(target: str, dtype: torch.dtype, inputs: dict[str, str], classes: int) -> Iterator[Job]:
-    tiles = TILES[target]
-    for posterior in (dtype, torch.int64):
-        dense = posterior != torch.int64
-        products = triton_kdav.product_constants(dtype, posterior, classes)
-        ratio = posterior if posterior == torch.bfloat16 else torch.float32
-        pointers = inputs | {"posterior": POINTER_NAME[posterior], "ratio": POINTER_NAME[ratio]}
-        variant = f"{SHORT_NAME[dtype]} {'dense' if dense else 'ids'}"
-        for kernel, tile in {
-            "class_kernel": tiles["dense" if dense else "ids"][dtype],
-            "gradient_kernel": tiles["gradient"][dtype],
-        }.items():
-            yield Job(target, kernel, variant, pointers, tile.constants() | products, tile.options())
-    # This one does not read the posterior.
-    tile = tiles["membership"][dtype]
-    constants = tile.constants() | {key: products[key] for key in ("DTYPE", "PRECISION")}
-    yield Job(target, "membership_kernel", SHORT_NAME[dtype], inputs, constants, tile.options())
+    launch: launches.Launch
 
 
 def compile_job(job: Job) -> dict[str, Any]:
     """Compiles one job; returns its row of the table, with `problem` empty where it is clean."""
-    row: dict[str, Any] = {"target": job.target, "kernel": job.kernel, "variant": job.variant, "problem": ""}
-    module = triton_chunk if hasattr(triton_chunk, job.kernel) else triton_kernels
-    function = getattr(module, job.kernel)
-    constants = {key: job.constants[key] for key in function.arg_names if key in job.constants}
-    signature = {name: _argument_type(name, job.pointers, constants) for name in function.arg_names}
-    aligned = [
-        (index,)
-        for index, name in enumerate(function.arg_names)
-        if signature[name].startswith("*") or name in ("length", "width", "columns")
-    ]
+    launch = job.launch
+    row: dict[str, Any] = {
+        "target": job.target,
+        "kernel": launch.kernel,
+        "variant": job.variant,
+        "problem": "",
+    }
     source = ASTSource(
-        fn=function,
-        signature=signature,
-        constexprs=constants,
-        attrs={place: [["tt.divisibility", 16]] for place in aligned},
+        fn=getattr(importlib.import_module(launch.module), launch.kernel),
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(place,): [["tt.divisibility", 16]] for place in launch.divisible},
     )
     target = GPUTarget("cuda", int(job.target.removeprefix("sm_")), 32)
     try:
-        compiled = triton.compile(source, target=target, options=job.options)
+        compiled = triton.compile(source, target=target, options=dict(launch.options))
     except Exception as error:  # whatever a compiler pass raises is this row's result
         message = " ".join(str(error).split())[-300:]  # the reason comes last, after the source
         return row | {"problem": f"does not compile: {type(error).__name__}: {message}"}
     return row | inspect_binary(job.target, compiled)
 
 
-def _argument_type(name: str, pointers: dict[str, str], constants: dict[str, Any]) -> str:
-    if name in constants:
-        return "constexpr"
-    if name in INTEGERS:
-        return "i32"
-    if name in REALS:
-        return "fp32"
-    return {"filled": "*i64", "valid": "*i64"}.get(name) or pointers.get(name, "*fp32")
-
-
 def inspect_binary(target: str, compiled: Any) -> dict[str, Any]:
-    """Registers, memory and matrix instructions of a compiled kernel, and what is wrong with it."""
+    """Registers, memory, loads and matrix instructions of a compiled kernel."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tool, "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-        sass = subprocess.run([tool, "-sass", cubin.name], capture_output=True, text=True, check=True)
+        command = [tool, "-res-usage", "-sass", cubin.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (
-        int(re.search(rf"\b{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK", "LOCAL")
+        int(re.search(rf"\b{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")
     )
+    shared, threads = compiled.metadata.shared, 32 * compiled.metadata.num_warps
     row = {
         "registers": registers,
-        "shared_bytes": compiled.metadata.shared,
+        "shared_bytes": shared,
         "spill_bytes": stack + local,
         "tensor_memory_columns": getattr(compiled.metadata, "tmem_size", 0) or 0,
+        "programs": programs(target, registers, threads, shared),
     }
-    row |= {name: len(re.findall(pattern, sass.stdout)) for name, pattern in MATRIX_INSTRUCTIONS.items()}
-    problems = []
+    return row | report(text)._asdict()
+
+
+def programs(target: str, registers: int, threads: int, shared: int) -> int:
+    """How many programs a multiprocessor holds at a time; registers are dealt in eights a thread."""
+    fit = min(PROGRAMS, THREADS // threads, REGISTERS // (max(8, -(-registers // 8) * 8) * threads))
+    return min(fit, SHARED_LIMIT[target] // shared) if shared else fit
+
+
+def problems(row: dict[str, Any]) -> list[str]:
+    """What is wrong with a compiled kernel."""
+    found = []
     if row["spill_bytes"]:
-        problems.append(f"spills {row['spill_bytes']} bytes")
-    if row["shared_bytes"] > SHARED_LIMIT[target]:
-        problems.append(f"shared memory over {SHARED_LIMIT[target]} bytes")
+        found.append(f"spills {row['spill_bytes']} bytes")
+    if row["shared_bytes"] > SHARED_LIMIT[row["target"]]:
+        found.append(f"shared memory over {SHARED_LIMIT[row['target']]} bytes")
     if row["tensor_memory_columns"] > TENSOR_MEMORY_COLUMNS:
-        problems.append(f"tensor memory over {TENSOR_MEMORY_COLUMNS} columns")
-    return row | {"problem": "; ".join(problems)}
+        found.append(f"tensor memory over {TENSOR_MEMORY_COLUMNS} columns")
+    kind, case = row["variant"].split()[1:]
+    meant = NARROW.get(f"{row['kernel']} {kind}") or NARROW.get(row["kernel"], Narrow())
+    if case != "odd" and row["narrow"] > meant.once:
+        found.append(f"{row['narrow']} scalar loads, {meant.once} are meant")
+    if case != "odd" and row["narrow_in_loops"] > meant.in_loops:
+        found.append(f"{row['narrow_in_loops']} scalar loads in loops, {meant.in_loops} are meant")
+    return found
+
+
+HEAD = f"{'target':7}{'kernel':27}{'variant':18}{'regs':>5}{'shared':>8}{'spill':>6}{'tmem':>5}{'prog':>5}  "
 
 
 def format_row(row: dict[str, Any]) -> str:
     """One line of the table."""
-    head = f"{row['target']:7}{row['kernel']:27}{row['variant']:13}"
+    head = f"{row['target']:7}{row['kernel']:27}{row['variant']:18}"
     if "registers" not in row:
         return head + row["problem"]
-    matrix = " ".join(f"{name}:{row[name]}" for name in MATRIX_INSTRUCTIONS if row[name]) or "-"
-    numbers = f"{row['registers']:>5}{row['shared_bytes']:>8}{row['spill_bytes']:>7}"
-    return f"{head}{numbers}{row['tensor_memory_columns']:>6}  {matrix:12} {row['problem'] or 'ok'}"
+    numbers = f"{row['registers']:>5}{row['shared_bytes']:>8}{row['spill_bytes']:>6}"
+    numbers += f"{row['tensor_memory_columns']:>5}{row['programs']:>5}"
+    counts = " ".join(f"{name}:{count}" for name, count in (row["loads"] | row["matrix"]).items())
+    return f"{head}{numbers}  {counts or '-'}  {row['problem'] or 'ok'}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -180,32 +157,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if target not in SHARED_LIMIT:
             print(f"--targets: {target!r} is not known; allowed: {', '.join(SHARED_LIMIT)}", file=sys.stderr)
             return 2
-    if not isinstance(triton_kernels.class_kernel, triton.JITFunction):
+    if not isinstance(triton_chunk.absorb_kernel, triton.JITFunction):
         print("TRITON_INTERPRET is set, so there is nothing to compile: unset it", file=sys.stderr)
         return 2
     work = [
-        job
+        Job(target, variant, launch)
         for target in targets
-        for job in jobs(target)
-        if options.kernels in job.kernel and options.variants in job.variant
+        for launch, variant in launches.all_launches().items()
+        if options.kernels in launch.kernel and options.variants in variant
     ]
     if not work:
         print("--kernels and --variants leave nothing to compile", file=sys.stderr)
         return 2
 
-    print(
-        f"{'target':7}{'kernel':27}{'variant':13}{'regs':>5}{'shared':>8}{'spill':>7}{'tmem':>6}  matrix instructions"
-    )
+    print(HEAD + "loads of so many bits, matrix instructions")
     rows = []
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        for row in pool.imap(compile_job, work):
+    with ExitStack() as stack:
+        compile_all = map
+        if len(work) > 1:
+            pool = multiprocessing.get_context("spawn").Pool(min(len(work), os.cpu_count() or 1))
+            compile_all = stack.enter_context(pool).imap
+        for row in compile_all(compile_job, work):
+            row["problem"] = row["problem"] or "; ".join(problems(row))
             rows.append(row)
             print(format_row(row), f"[{len(rows)}/{len(work)}]", flush=True)
     if options.json:
         result = {"torch": torch.__version__, "triton": triton.__version__, "kernels": rows}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    failed = sum(bool(row["problem"]) for row in rows)
-    print(f"{len(rows) - failed} of {len(rows)} clean")
+    failed = sorted({row["kernel"] for row in rows if row["problem"]})
+    cost.show()
+    print(
+        f"{sum(not row['problem'] for row in rows)} of {len(rows)} clean",
+        *failed,
+        sep="; at fault: " if failed else "",
+    )
     return 1 if failed else 0
 
 

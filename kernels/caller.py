@@ -16,6 +16,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, `device` is the current one if it is a GPU: Triton launches on that, wherever its arguments are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """left @ right of two matrices, forward and backward in their own dtype whatever autocast is on.
 

@@ -1,114 +1,99 @@
 # ruff: noqa: N803  (Triton writes compile-time constants in capitals)
-"""The chunked objective's elementwise passes on a GPU: one Triton kernel between two matrix products."""
+"""The chunked objective's passes between two matrix products on a GPU: one Triton kernel each.
 
-import torch
+A slice's similarities, weights and slopes are matrices whose rows lie BLOCK values apart, a power of two. So a
+kernel loads and stores whole rows of BLOCK without a mask, 16 bytes at a time, whatever part of the slice is in use:
+`tl.where` takes what is not in use out, and no later product reads it.
+"""
+
 import triton
 import triton.language as tl
-from torch import Tensor
 
-BLOCK = 2048
+
+@triton.jit
+def _in_use(columns, filled, start, MASKED: tl.constexpr):
+    """How many of a slice's leading columns count, where the slice starts at row `start` of the memory."""
+    used = columns
+    if MASKED:
+        used = tl.minimum(columns, tl.load(filled).to(tl.int64) - start)
+    return used
+
+
+@triton.jit
+def _scale_row(values, width, factor, PART: tl.constexpr):
+    for first in range(0, width, PART):
+        column = first + tl.arange(0, PART)
+        value = tl.load(values + column, column < width)
+        tl.store(values + column, value * factor, column < width)
 
 
 @triton.jit
 def absorb_kernel(
-    similarity, weights, maximum, total, cross, rescale, valid, batch, columns,
-    MASKED: tl.constexpr, BLOCK: tl.constexpr,
+    similarity, weights, maximum, total, cross, mass, mean, filled, start, columns, batch, mass_width, mean_width,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """Running softmax statistics of one row of student and teacher over one slice."""
+    """Adds one slice to the running softmax statistics of one row of student and teacher.
+
+    Reads the similarities s and t of the row once and writes exp(s - m), exp(t - m) with m the maxima so far.
+    Where a maximum grows, the row's earlier sums, taken under the old one, shrink: totals, class mass, mean row.
+    """
     row = tl.program_id(0).to(tl.int64)
-    used = columns
-    if MASKED:
-        used = tl.minimum(columns, tl.load(valid).to(tl.int32))
-    student, teacher = similarity + row * columns, similarity + (batch + row) * columns
-    dtype: tl.constexpr = similarity.dtype.element_ty
-    student_best = tl.full([BLOCK], float("-inf"), dtype)
-    teacher_best = tl.full([BLOCK], float("-inf"), dtype)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        student_best = tl.maximum(student_best, tl.load(student + column, column < used, float("-inf")))
-        teacher_best = tl.maximum(teacher_best, tl.load(teacher + column, column < used, float("-inf")))
+    column = tl.arange(0, BLOCK)
+    here = column < _in_use(columns, filled, start, MASKED)
+    student, teacher = row * BLOCK + column, (batch + row) * BLOCK + column
+    s = tl.where(here, tl.load(similarity + student), float("-inf"))
+    t = tl.where(here, tl.load(similarity + teacher), float("-inf"))
     student_old, teacher_old = tl.load(maximum + row), tl.load(maximum + batch + row)
-    student_max = tl.maximum(student_old, tl.max(student_best, 0))
-    teacher_max = tl.maximum(teacher_old, tl.max(teacher_best, 0))
+    student_max = tl.maximum(student_old, tl.max(s, 0))
+    teacher_max = tl.maximum(teacher_old, tl.max(t, 0))
+    p, q = tl.exp(s - student_max), tl.exp(t - teacher_max)
+    tl.store(weights + student, p.to(weights.dtype.element_ty))
+    tl.store(weights + teacher, q.to(weights.dtype.element_ty))
 
-    student_sum = tl.zeros([BLOCK], dtype)
-    teacher_sum = tl.zeros([BLOCK], dtype)
-    cross_sum = tl.zeros([BLOCK], dtype)
-    for start in range(0, columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        s = tl.load(student + column, column < used, float("-inf"))
-        t = tl.load(teacher + column, column < used, float("-inf"))
-        p, q = tl.exp(s - student_max), tl.exp(t - teacher_max)
-        student_sum += p
-        teacher_sum += q
-        cross_sum += tl.where(column < used, q * (t - s), 0.0)
-        tl.store(weights + row * columns + column, p, column < columns)
-        tl.store(weights + (batch + row) * columns + column, q, column < columns)
-
-    student_shrink = tl.exp(student_old - student_max)
-    teacher_shrink = tl.exp(teacher_old - teacher_max)
-    tl.store(rescale + row, student_shrink)
-    tl.store(rescale + batch + row, teacher_shrink)
+    student_shrink, teacher_shrink = tl.exp(student_old - student_max), tl.exp(teacher_old - teacher_max)
     tl.store(maximum + row, student_max)
     tl.store(maximum + batch + row, teacher_max)
-    tl.store(total + row, tl.load(total + row) * student_shrink + tl.sum(student_sum, 0))
-    tl.store(total + batch + row, tl.load(total + batch + row) * teacher_shrink + tl.sum(teacher_sum, 0))
-    tl.store(cross + row, tl.load(cross + row) * teacher_shrink + tl.sum(cross_sum, 0))
+    tl.store(total + row, tl.load(total + row) * student_shrink + tl.sum(p, 0))
+    tl.store(total + batch + row, tl.load(total + batch + row) * teacher_shrink + tl.sum(q, 0))
+    difference = tl.sum(tl.where(here, q * (t - s), 0.0), 0)
+    tl.store(cross + row, tl.load(cross + row) * teacher_shrink + difference)
+    # Seldom after the first slices. At the first one there is nothing to shrink.
+    if (start > 0) & (student_shrink != 1.0):
+        _scale_row(mass + row * mass_width, mass_width, student_shrink, PART)
+    if (start > 0) & (teacher_shrink != 1.0):
+        _scale_row(mean + row * mean_width, mean_width, teacher_shrink, PART)
 
 
 @triton.jit
 def slope_kernel(
-    similarity, share, log_total, valid, slope, columns, MASKED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """exp(s - log_total) * share for one block of columns of one row."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    used = columns
-    if MASKED:
-        used = tl.minimum(columns, tl.load(valid).to(tl.int32))
-    s = tl.load(similarity + row * columns + column, column < used, float("-inf"))
-    factor = tl.load(share + row * columns + column, column < used, 0.0)
-    tl.store(slope + row * columns + column, tl.exp(s - tl.load(log_total + row)) * factor, column < columns)
+    similarity, share, ids, offset, log_total, filled, start, columns, classes, slope,
+    DENSE: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """exp(s - log_total) * (offset + share) for PART columns of one row: its slope, the teacher's part left out.
 
-
-def absorb(
-    similarity: Tensor,
-    maximum: Tensor,
-    total: Tensor,
-    cross: Tensor,
-    valid: Tensor | None,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Adds a slice to the running softmax statistics.
-
-    Args:
-        similarity: scaled similarities of the student's rows, then the teacher's: 2B x n, contiguous; overwritten
-            where `dtype` is its own.
-        maximum, total: running maximum m and sum of exp(s - m), 2B. Updated in place.
-        cross: running sum of exp(t - m_t) (t - s), B. Updated in place.
-        valid: how many leading columns are in use; `None` means all.
-        dtype: of the returned weights.
-
-    Returns:
-        exp(s - m), 2B x n, and the factor by which earlier sums, taken under the old maximum, shrink, 2B.
+    `share` is a matrix like `similarity` (DENSE), or has a value a class, which `ids` looks up.
     """
-    weights = similarity if dtype == similarity.dtype else torch.empty_like(similarity, dtype=dtype)
-    rescale = torch.empty_like(maximum)
-    absorb_kernel[(len(cross),)](
-        similarity, weights, maximum, total, cross, rescale, similarity if valid is None else valid,
-        len(cross), similarity.shape[1], MASKED=valid is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    return weights, rescale
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    here = column < _in_use(columns, filled, start, MASKED)
+    s = tl.load(similarity + row * BLOCK + column)
+    if DENSE:
+        factor = tl.load(share + row * BLOCK + column)
+    else:
+        class_id = tl.load(ids + column, column < columns, -1)
+        known = here & (class_id >= 0) & (class_id < classes)
+        factor = tl.load(share + row * classes + class_id, known, 0.0)
+    factor += tl.load(offset + row)
+    value = tl.where(here, tl.exp(s - tl.load(log_total + row)) * factor, 0.0)
+    tl.store(slope + row * BLOCK + column, value.to(slope.dtype.element_ty))
 
 
-def slope(
-    similarity: Tensor, share: Tensor, log_total: Tensor, valid: Tensor | None, dtype: torch.dtype
-) -> Tensor:
-    """exp(s - log_total) * share in `dtype`, B x n: a slice's gradient in s, the teacher's part left out."""
-    result = similarity if dtype == similarity.dtype else torch.empty_like(similarity, dtype=dtype)
-    batch, columns = similarity.shape
-    slope_kernel[(batch, triton.cdiv(columns, BLOCK))](
-        similarity, share.contiguous(), log_total, similarity if valid is None else valid, result,
-        columns, MASKED=valid is not None, BLOCK=BLOCK,
-    )  # fmt: skip
-    return result
+@triton.jit
+def one_hot_kernel(ids, one_hot, columns, row_width, ROWS: tl.constexpr, PART: tl.constexpr):
+    """A slice's class ids as rows with 1 in the class's column and 0 in the others."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * PART + tl.arange(0, PART)
+    class_id = tl.load(ids + row, row < columns, -1)
+    value = tl.where(column[None, :] == class_id[:, None], 1.0, 0.0).to(one_hot.dtype.element_ty)
+    place = one_hot + row.to(tl.int64)[:, None] * row_width + column[None, :]
+    tl.store(place, value, (row < columns)[:, None] & (column < row_width)[None, :])

@@ -1,16 +1,13 @@
 """What every implementation of the loss must withstand, and what each promises alone."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from kdav_fast import kdav_loss
-from kdav_fast.kernels import dispatch, explain_choice, triton_chunk, triton_kdav
+from kdav_fast.kernels import dispatch, explain_choice, triton_kdav
 from kdav_fast.kernels.chunked import chunked_terms
 from kdav_fast.kernels.reference import reference_terms
 
@@ -155,33 +152,6 @@ def test_chunked_with_filled_on_the_device(ids):
     agree(*results, tolerance=1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("valid", [None, 0, 30])
-def test_chunk_kernels_against_torch(dtype, valid):
-    generator = torch.Generator().manual_seed(0)
-    similarity = torch.randn(6, 2100, generator=generator, dtype=torch.float32).to(DEVICE)  # over a block
-    used = 2100 if valid is None else valid
-    maximum = torch.full((6,), 0.5, device=DEVICE)
-    total, cross = torch.ones(6, device=DEVICE), torch.ones(3, device=DEVICE)
-    seen = similarity[:, :used]
-    best = torch.cat([maximum[:, None], seen], 1).amax(1)
-    weights = torch.zeros(6, 2100, device=DEVICE)
-    weights[:, :used] = (seen - best[:, None]).exp()
-    shrink = (maximum - best).exp()
-    difference = weights[3:, :used] * (seen[3:] - seen[:3])
-    expected = [weights.to(dtype), shrink, best, shrink + weights.sum(1), shrink[3:] + difference.sum(1)]
-    limit = None if valid is None else torch.tensor(valid, device=DEVICE)
-    got = triton_chunk.absorb(similarity.clone(), maximum, total, cross, limit, dtype)
-    for a, b in zip([*got, maximum, total, cross], expected, strict=True):
-        torch.testing.assert_close(a, b)
-
-    share, log_total = torch.rand(6, 2100, generator=generator).to(DEVICE), torch.ones(6, device=DEVICE)
-    expected = (similarity - 1).exp() * share
-    expected[:, used:] = 0
-    slope = triton_chunk.slope(similarity, share, log_total, limit, dtype)
-    torch.testing.assert_close(slope, expected.to(dtype))
-
-
 def peak_extra_bytes(function, folder) -> int:
     """Most bytes that `function` holds at a time beyond those held before, by the profiler's record."""
     path = folder / "trace.json"
@@ -236,29 +206,3 @@ def test_auto_takes_what_it_explains(monkeypatch):
     assert explain_choice("cuda", 1024, 2048, 65536, 1000, torch.bfloat16, "ids")[0] == "chunked"
     assert explain_choice("cuda", 256, 512, 16384, 1000, torch.float64, "ids")[0] == "chunked"
     assert explain_choice("mps", 256, 512, 16384, 1000, torch.float32, "ids")[0] == "chunked"
-
-
-def run_aot(*arguments):
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "kdav_fast.kernels.aot", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
-
-
-def test_kernels_compile_ahead_of_time(tmp_path):
-    path = tmp_path / "aot.json"
-    result = run_aot(
-        "--targets", "sm_90", "--kernels", "class_kernel", "--variants", "bf16", "--json", str(path)
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    rows = json.loads(path.read_text())["kernels"]
-    assert {row["variant"] for row in rows} == {"bf16 dense", "bf16 ids"}
-    for row in rows:
-        assert row["HGMMA"] > 0
-        assert row["spill_bytes"] == 0
-        assert 0 < row["shared_bytes"] <= 227 * 1024
-
-
-def test_an_unknown_target_is_refused():
-    result = run_aot("--targets", "sm_80,sm_42")
-    assert result.returncode == 2
-    assert result.stderr == "--targets: 'sm_42' is not known; allowed: sm_80, sm_90, sm_100\n"
