@@ -39,6 +39,8 @@ def deepspeed_config(
             "dtype": "float16" if dtype == torch.float16 else "bfloat16",
         },
         "steps_per_print": 2**31,  # the run has a log of its own
+        # Its own timer waits for the device twice a step.
+        "timers": {"throughput": {"enabled": False}},
     }
     added = (
         {} if config.deepspeed is None else read_settings(config.deepspeed, _decided(config, settings, dtype))
