@@ -5,14 +5,15 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
 from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.memory import Memory
 from kdav_fast.errors import InputError
 
 
-class TeacherMemory(nn.Module):
+class TeacherMemory(Memory):
     """A ring of the most recent teacher embeddings and their class posteriors (DESIGN section 2: U and R).
 
     All state is in buffers, so `state_dict` and `load_state_dict` save and restore it exactly, and nothing
@@ -104,10 +105,13 @@ class TeacherMemory(nn.Module):
         pushed = keep.sum()
         keep &= rank >= pushed - self.length
         slot = torch.where(keep, (self.cursor + rank) % self.length, self.length)
+        self._keep(slot, self._embedding, self._posterior)
+        self._keep(None, self.cursor, self.filled)
         self._embedding[slot] = embedding
         self._posterior[slot] = posterior
-        self._embedding[self.length] = 0
-        self._posterior[self.length] = 0
+        # Slices: a number written to a single element would be copied from the host, which waits for the device.
+        self._embedding[self.length :] = 0
+        self._posterior[self.length :] = 0
         self.cursor.copy_((self.cursor + pushed) % self.length)
         self.filled.copy_((self.filled + pushed).clamp(max=self.length))
 

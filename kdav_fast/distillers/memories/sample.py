@@ -5,10 +5,11 @@ from collections.abc import Callable
 
 import psutil
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
 from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.memory import Memory
 from kdav_fast.errors import InputError
 
 _GIB = 2**30
@@ -17,7 +18,7 @@ _SHARE_OF_DEVICE = 0.5
 """Of the free device memory, at most: the rest is for what training allocates later."""
 
 
-class SampleMemory(nn.Module):
+class SampleMemory(Memory):
     """A row for each of N images, the one given last, the same on every rank.
 
     It never grows: each process holds (N + 1) x (width x bytes of a value + 1) bytes, `nbytes`. All state is in
@@ -112,10 +113,12 @@ class SampleMemory(nn.Module):
         last = torch.ones_like(keep)
         last[:-1] = slot[1:] != slot[:-1]
         slot = slot.where(last, spare)
+        self._keep(slot, self._values, self._seen)
         self._values[slot] = kept[source]
         self._seen.index_fill_(0, slot, True)
-        self._values[spare] = 0
-        self._seen[spare] = False
+        # Slices: a number written to a single element would be copied from the host, which waits for the device.
+        self._values[spare:] = 0
+        self._seen[spare:] = False
 
     def rows(self, index: Tensor) -> Tensor:
         """What is remembered of B images: B x width, float32, on the device of `index`; zeros where nothing is.
