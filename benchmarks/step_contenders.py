@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kdav_fast.config import Config, method_section
 from kdav_fast.data import Batch, Splits, build_loaders
+from kdav_fast.runtime.late_flag import LateFlag
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.tracking.meter import TrainMeter
 from kdav_fast.train.run import Run
@@ -276,15 +277,17 @@ class Builder:
 
     def _stepping(self, name: str, run: Run, batches: Iterator[Batch], ready: int) -> Contender:
         clock, meter = PartClock(self.device), TrainMeter(self._cluster)
+        before: LateFlag | None = None
 
         def step() -> None:
+            nonlocal before
             taken, seen = take_step(run, batches, 0, clock.part)
+            # As a run does at every step: it adds to the metrics, and hears what became of the step before.
             for micro in seen:
                 answer = micro.answer
-                meter.update(
-                    answer.logits, micro.batch, answer.total, answer.parts
-                )  # as a run does at every step
-            if not taken:
+                meter.update(answer.logits, micro.batch, answer.total, answer.parts, taken)
+            before, heard = LateFlag(taken), before
+            if heard is not None and not heard.read():
                 raise FloatingPointError(f"{name}: loss or gradient not finite; its steps cannot be compared")
 
         return Contender(name, step, batches if ready else None, ready, clock=clock)

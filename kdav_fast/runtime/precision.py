@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from kdav_fast.errors import InputError
 
@@ -79,33 +80,37 @@ class LossScale:
     """What a loss is multiplied by before the backward pass, so that small gradients do not vanish in float16.
 
     Halved after a skipped step, down to 1; doubled after 2,000 steps without one, up to 2^24. Always 1 for other
-    dtypes, whose range is float32's.
+    dtypes, whose range is float32's. It stays on the device, as does what decides about it.
 
     Args:
         dtype: autocast dtype of the networks; None for float32.
+        device: where the loss is.
     """
 
     GROWTH_INTERVAL = 2000
     LARGEST = 2.0**24
 
-    def __init__(self, dtype: torch.dtype | None) -> None:
+    def __init__(self, dtype: torch.dtype | None, device: torch.device | str = "cpu") -> None:
         self.active = dtype == torch.float16
-        self.value = 2.0**16 if self.active else 1.0
-        self._good_steps = 0
+        self.factor = torch.full((), 2.0**16 if self.active else 1.0, device=device)
+        """Scalar, float32."""
+        self._good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, taken: bool) -> bool:
-        """After each step, taken or skipped; returns whether the value has changed."""
-        before = self.value
-        self._good_steps = self._good_steps + 1 if taken else 0
-        if self.active and not taken:
-            self.value = max(1.0, self.value / 2)
-        elif self.active and self._good_steps == self.GROWTH_INTERVAL:
-            self.value, self._good_steps = min(self.LARGEST, self.value * 2), 0
-        return self.value != before
+    @property
+    def value(self) -> float:
+        """The factor as a number; waits for the device."""
+        return self.factor.item()
+
+    def update(self, skipped: Tensor) -> None:
+        """After each step: a float32 scalar, 1 if it was skipped, else 0."""
+        if self.active:
+            torch._amp_update_scale_(self.factor, self._good_steps, skipped, 2.0, 0.5, self.GROWTH_INTERVAL)
+            self.factor.clamp_(1.0, self.LARGEST)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "good_steps": self._good_steps}
+        return {"value": self.value, "good_steps": self._good_steps.item()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.active:
-            self.value, self._good_steps = state["value"], state["good_steps"]
+            self.factor.fill_(state["value"])
+            self._good_steps.fill_(state["good_steps"])

@@ -1,8 +1,10 @@
 """Training metrics, summed on the device and read back once a logging interval."""
 
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,19 +20,26 @@ def correct_counts(logits: Tensor, target: Tensor, valid: Tensor) -> tuple[Tenso
     return hits[:, 0].sum(), hits.sum()
 
 
+_COUNTS = ("images", "top1", "top5")
+
+
 class TrainMeter:
     """Means over the images of a logging interval, over all ranks, and where the time went."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._sums: dict[str, Tensor] = {}
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}
+        self._images = torch.zeros((), dtype=torch.float64, device=self._cluster.device)
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Start timing anew: evaluation and saving are not training time."""
         self._started = time.perf_counter()
         self._waited = 0.0
-        self._timed_images: Tensor | float = 0.0
+        self._untimed = self._images
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -40,7 +49,9 @@ class TrainMeter:
         if name == "data":
             self._waited += time.perf_counter() - started
 
-    def update(self, logits: Tensor, batch: Batch, loss: Tensor, parts: dict[str, Tensor]) -> None:
+    def update(
+        self, logits: Tensor, batch: Batch, loss: Tensor, parts: dict[str, Tensor], counted: Tensor
+    ) -> None:
         """Add one batch; asks nothing of the device that it would have to be waited for.
 
         Args:
@@ -48,34 +59,34 @@ class TrainMeter:
             batch: what is known of the images.
             loss: scalar, a mean over valid rows.
             parts: the same of the loss, by name.
+            counted: whether its step was taken, else nothing is added: scalar, boolean, on the device.
         """
-        images = batch.valid.sum()
         # Of other views, turned images say, the student need know nothing.
         top1, top5 = correct_counts(logits[: len(batch.labels)], batch.foremost, batch.valid)
-        values = {"loss": loss.detach()} | {f"loss/{name}": part for name, part in parts.items()}
-        sums = {name: value.double() * images for name, value in values.items()}
-        sums |= {"top1": 100.0 * top1, "top5": 100.0 * top5, "images": images}
-        for name, value in sums.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double()
-        self._timed_images = self._timed_images + images
+        counts = torch.stack([batch.valid.sum(), 100 * top1, 100 * top5]).double()
+        means = torch.stack([loss.detach(), *parts.values()]).double()
+        added = torch.cat([counts, means * counts[0]])
+        added = torch.where(counted, added, 0.0)  # what is not counted may be no number
+        names = (*_COUNTS, "loss", *(f"loss/{name}" for name in parts))
+        self._sums[names] = self._sums.get(names, 0.0) + added
+        self._images = self._images + added[0]
 
     def read(self) -> dict[str, float]:
         """The interval's metrics under their logged keys, `train/loss` and `train/loss/PART` among them.
 
         Starts the next interval.
 
-        Of an interval without any `update`, which is one whose steps were all skipped, only how fast it went.
+        Of an interval without a step that was taken, only how fast it went.
         """
-        names = list(self._sums)
-        timed_images = torch.as_tensor(self._timed_images, dtype=torch.float64, device=self._cluster.device)
-        totals = torch.stack([*self._sums.values(), timed_images])
+        totals = torch.cat([*self._sums.values(), (self._images - self._untimed)[None]])
         *sums, timed_images = self._cluster.sum(totals).tolist()
         seconds = time.perf_counter() - self._started
-        sums = dict(zip(names, sums, strict=True))
-        images = max(1.0, sums.pop("images", 0.0))
-        values = {f"train/{name}": value / images for name, value in sums.items()}
+        totals_by_name: dict[str, float] = defaultdict(float)
+        for name, value in zip(chain.from_iterable(self._sums), sums, strict=True):
+            totals_by_name[name] += value
+        images = totals_by_name.pop("images", 0.0)
+        values = {f"train/{name}": value / images for name, value in totals_by_name.items() if images}
         values["images_per_second"] = timed_images / seconds
         values["data_wait_share"] = self._waited / seconds
-        self._sums = {}
-        self.restart_clock()
+        self._start_interval()
         return values

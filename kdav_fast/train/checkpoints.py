@@ -236,7 +236,7 @@ class _Restoration:
             run.average.load_state_dict(self._tensors(_AVERAGE))
         ranks = range(self._written_by) if self._resharded else [cluster.rank]
         _restore_buffers(run, [self._tensors(_buffers_file(rank), "cpu") for rank in ranks])
-        run.engine.remember_statistics()
+        run.engine.remember_buffers()
         run.loaders.train.load_state_dict(state["loader"])
         if self._resharded:
             entropy = (run.config.train.seed, manifest["step"], cluster.rank)

@@ -21,7 +21,7 @@ from kdav_fast.train.phases import PhasePosition, run_phases
 from kdav_fast.train.run import Run
 from kdav_fast.train.schedule import due
 from kdav_fast.train.setup import set_up
-from kdav_fast.train.skipped_steps import SkippedSteps, not_finite
+from kdav_fast.train.skipped_steps import Outcomes
 from kdav_fast.train.step import take_step
 
 
@@ -108,10 +108,10 @@ def train(
     run: Run, step: int, checkpoints: Checkpoints, stop: StopRequest, record: Record
 ) -> Accuracy | None:
     """Take the optimizer steps from `step` on; returns the final accuracy, None if a signal came first."""
-    config, cluster, engine = run.config.train, run.cluster, run.engine
+    config, cluster = run.config.train, run.cluster
     batches = chain.from_iterable(repeat(run.loaders.train))
     meter = TrainMeter(cluster)
-    guard = SkippedSteps(config.max_skipped_steps)
+    outcomes = Outcomes(run, record.say)
     record.begin_training(step)
     accuracy = None
     run.trainee.train()
@@ -119,29 +119,23 @@ def train(
         lr = run.lr(step)
         taken, seen = take_step(run, batches, step, meter.phase)
         step += 1
-        if taken:
-            for micro in seen:
-                meter.update(micro.answer.logits, micro.batch, micro.answer.total, micro.answer.parts)
-            if run.average is not None:
-                with engine.whole_weights():
-                    run.average.update_parameters(run.student)
-            guard.taken()
-        else:
-            run.skipped_steps += 1
-            blamed = sum(cluster.gather(not_finite(micro.teacher for micro in seen)))
-            reason = f" (the teacher's answers to {blamed} images are not)" if blamed else ""
-            record.say(f"step {step}: loss or gradient not finite, skipped{reason}")
-            guard.skipped(step)
+        for micro in seen:
+            answer = micro.answer
+            meter.update(answer.logits, micro.batch, answer.total, answer.parts, taken)
+        outcomes.add(step, taken, seen)
         record.advance()
 
-        if step % config.log_every == 0 or step == run.steps:
-            if run.first_answers is not None:
-                run.first_answers.tell()
-            record.metrics(step, {**meter.read(), "lr": lr, **_irregular(run)})
+        logging = step % config.log_every == 0 or step == run.steps
         evaluating = due(step, config.evaluate_every * run.steps_per_epoch) or step == run.steps
         stopping, writing = stop.agreed(checkpoints.writing)
         stopping = stopping and step < run.steps
         saving = stopping or due(step, config.save_every * run.steps_per_epoch)
+        if logging or evaluating or saving:
+            outcomes.hear()
+        if logging:
+            if run.first_answers is not None:
+                run.first_answers.tell()
+            record.metrics(step, {**meter.read(), "lr": lr, **_irregular(run)})
         if evaluating:
             accuracy = evaluate_student(run)
             record.metrics(step, accuracy.logged())
@@ -153,7 +147,7 @@ def train(
         if evaluating or saving:
             meter.restart_clock()
     checkpoints.finish()
-    if remark := guard.conclude(run.skipped_steps, run.steps):
+    if remark := outcomes.guard.conclude(run.skipped_steps, run.steps):
         cluster.say(remark)
     # A run that was killed after its last checkpoint takes no more steps, hence has no accuracy yet.
     return accuracy or evaluate_student(run)

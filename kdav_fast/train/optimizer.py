@@ -19,7 +19,9 @@ from kdav_fast.student.trainee import Trainee
 def build_optimizer(
     config: OptimizerConfig, trainee: Trainee, learned: Mapping[str, Learned] = MappingProxyType({})
 ) -> torch.optim.Optimizer:
-    """The optimizer on the parameters that require a gradient; on a GPU, torch's SGD and AdamW are fused.
+    """The optimizer on the parameters that require a gradient.
+
+    torch's SGD and AdamW are fused: then they can be told on the device that a step must not be taken.
 
     Each of its groups says by `lr_factor` which share of the learning rate it takes.
 
@@ -38,12 +40,11 @@ def build_optimizer(
     if config.name in APEX_CLASSES:
         optimizer = _import_apex(config.name, next(trainee.parameters()).device)
         return optimizer(groups, lr=config.lr, **_apex_settings(config))
-    fused = all(p.is_cuda for p in trainee.parameters())
     if config.name == "sgd":
         return torch.optim.SGD(
-            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=fused or None
+            groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True
         )
-    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=fused or None)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
 def _groups(module: nn.Module, config: OptimizerConfig, decay: float, lr_factor: float) -> list[dict]:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from kdav_fast.config import Config
 from kdav_fast.data import Batch, Loaders
@@ -22,6 +21,7 @@ from kdav_fast.student.trainee import Trainee
 from kdav_fast.teachers.first_answers import FirstAnswers
 from kdav_fast.teachers.frozen import FrozenTeacher
 from kdav_fast.tracking.class_results import ClassTally
+from kdav_fast.train.average import StudentAverage
 from kdav_fast.train.engine.engine import Engine, start_engine
 from kdav_fast.train.optimizer import build_optimizer
 
@@ -48,7 +48,7 @@ class Run:
     """What the distiller trains beside the student; the modules are those of `trainee`."""
     trainee: Trainee
     mix: Callable[[Batch], Batch]
-    average: AveragedModel | None
+    average: StudentAverage | None
     """Exponential moving average of the student, where the config asks for one."""
     steps: int
     """Optimizer steps of the whole run."""
@@ -72,7 +72,9 @@ class Run:
         train, device = self.config.train, self.cluster.device
         self.cluster.say("starting DeepSpeed")
         optimizer = build_optimizer(self.config.optimizer, self.trainee, self.learned)
-        self.engine = start_engine(self.trainee, optimizer, train, self.cluster, self.dtype)
+        self.engine = start_engine(
+            self.trainee, optimizer, train, self.cluster, self.dtype, beside=[self.distiller]
+        )
         if train.zero_stage == 0:
             # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The higher
             # stages keep weights as views of one flat buffer, which have no such strides.

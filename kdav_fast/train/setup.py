@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdav_fast.config import Config, DataConfig
 from kdav_fast.data import Loaders, Splits, build_loaders, check_images, open_images
@@ -21,6 +20,7 @@ from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.student import Student
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.teachers.first_answers import FirstAnswers
+from kdav_fast.train.average import StudentAverage
 from kdav_fast.train.engine.engine import micro_batch_size
 from kdav_fast.train.folder.data import check_run_data
 from kdav_fast.train.mixing import build_mix
@@ -93,7 +93,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     guard_unsafe_layers(trainee, config.data.layout, device)
     average = None
     if train.ema_decay > 0:
-        average = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(train.ema_decay), use_buffers=True)
+        average = StudentAverage(student, train.ema_decay)
         set_layout(average, config.data.layout, device)
     if train.sync_batchnorm:
         from kdav_fast.train.sync_batchnorm import synchronize_batchnorm  # it loads timm

@@ -1,9 +1,15 @@
-"""When a run has skipped so many steps that it makes no sense to go on, or that it should be told."""
+"""Which steps a run has skipped; when these are so many that it makes no sense to go on, or that it should be told."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from torch import Tensor
 
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
+from kdav_fast.runtime.late_flag import LateFlag
+from kdav_fast.train.run import Run
+from kdav_fast.train.step import MicroBatch
 
 
 class SkippedSteps:
@@ -57,10 +63,68 @@ class SkippedSteps:
         return None
 
 
-def not_finite(answers: Iterable[Outputs | None]) -> int:
-    """How many of a teacher's rows are not finite; waits for the device."""
+class _Step(NamedTuple):
+    """One whose outcome is not known yet."""
+
+    number: int
+    taken: LateFlag
+    answers: list[Outputs]
+    """The teacher's."""
+
+
+class Outcomes:
+    """Whether steps were taken, heard of one step late: by then the device has been given the next one.
+
+    Args:
+        run: counts its skipped steps.
+        say: takes a line for the user.
+    """
+
+    def __init__(self, run: Run, say: Callable[[str], None]) -> None:
+        self._run, self._say = run, say
+        self._pending: _Step | None = None
+        self.guard = SkippedSteps(run.config.train.max_skipped_steps)
+
+    def add(self, step: int, taken: Tensor, seen: list[MicroBatch]) -> None:
+        """A step was begun; hear of the one before. Every rank must call this.
+
+        Args:
+            step: its number, from 1 on.
+            taken: as the engine says.
+            seen: its micro-batches.
+
+        Raises:
+            InputError: too many in a row were skipped.
+        """
+        flag = LateFlag(taken)
+        self.hear()
+        # The images and feature maps of a step are not kept for so long.
+        teachers = [micro.teacher for micro in seen if micro.teacher is not None]
+        self._pending = _Step(step, flag, [Outputs(each.features, each.logits) for each in teachers])
+
+    def hear(self) -> None:
+        """Wait for the step that was begun last, as must be done before anything of it is shown, measured or saved.
+
+        Every rank must call this.
+
+        Raises:
+            InputError: as in `add`.
+        """
+        step, self._pending = self._pending, None
+        if step is None:
+            return
+        if step.taken.read():
+            self.guard.taken()
+            return
+        self._run.skipped_steps += 1
+        blamed = sum(self._run.cluster.gather(_not_finite(step.answers)))
+        reason = f" (the teacher's answers to {blamed} images are not)" if blamed else ""
+        self._say(f"step {step.number}: loss or gradient not finite, skipped{reason}")
+        self.guard.skipped(step.number)
+
+
+def _not_finite(answers: Iterable[Outputs]) -> int:
+    """How many rows; waits for the device."""
     return sum(
-        int((~(each.features.isfinite().all(1) & each.logits.isfinite().all(1))).sum())
-        for each in answers
-        if each is not None
+        int((~(each.features.isfinite().all(1) & each.logits.isfinite().all(1))).sum()) for each in answers
     )

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from kdav_fast.data import Batch
 from kdav_fast.models.outputs import Outputs
@@ -17,7 +17,7 @@ PARTS = ("data", "teacher", "student", "loss", "backward", "optimizer")
 
 
 class MicroBatch(NamedTuple):
-    """What is kept of a micro-batch until it is known whether its step is taken."""
+    """What is there to look at of a micro-batch of a step."""
 
     batch: Batch
     answer: Answer
@@ -27,8 +27,8 @@ class MicroBatch(NamedTuple):
 
 def take_step(
     run: Run, batches: Iterator[Batch], step: int, clock: Clock = lambda part: nullcontext()
-) -> tuple[bool, list[MicroBatch]]:
-    """Train on `train.accumulate` batches.
+) -> tuple[Tensor, list[MicroBatch]]:
+    """Train on `train.accumulate` batches. Nothing waits for the device, but as `Engine` says.
 
     Args:
         run: its engine must have been started.
@@ -37,11 +37,15 @@ def take_step(
         clock: entered around each of PARTS.
 
     Returns:
-        Whether the step was taken or, because something was not finite, skipped; and its micro-batches.
+        Whether the step was taken or, because something was not finite, skipped: scalar, boolean, on the device; and
+        its micro-batches.
     """
     seen = find_gradients(run, batches, step, clock)
     with clock("optimizer"):
         taken = run.engine.step(run.lr(step))
+        if run.average is not None:
+            with run.engine.whole_weights():
+                run.average.update(run.student, taken)
     return taken, seen
 
 
@@ -69,7 +73,7 @@ def find_gradients(
     return seen
 
 
-def share_of_valid(batch: Batch, cluster: Cluster) -> torch.Tensor | float:
+def share_of_valid(batch: Batch, cluster: Cluster) -> Tensor | float:
     """Turns the mean over this rank's valid rows into its part of the mean over all ranks' valid rows."""
     if cluster.world == 1:
         return 1.0

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 
 from kdav_fast.config import OptimizerConfig, TrainConfig, dump_config
 from kdav_fast.data.batch import Batch
+from kdav_fast.data.order import EpochOrder
 from kdav_fast.distillers.base import Losses
 from kdav_fast.errors import InputError
 from kdav_fast.models import build_classifier
@@ -119,20 +121,28 @@ def test_the_scale_of_float16_s_loss_falls_until_gradients_fit(zero_stage):
 
 
 def test_loss_scale():
+    taken, skipped = torch.tensor(0.0), torch.tensor(1.0)
     scale = LossScale(torch.float16)
-    assert scale.update(taken=False)
+    scale.update(skipped)
     assert scale.value == 2.0**15
-    assert [scale.update(taken=True) for _ in range(LossScale.GROWTH_INTERVAL)].count(True) == 1
+    values = set()
+    for _ in range(LossScale.GROWTH_INTERVAL):
+        values.add(scale.value)
+        scale.update(taken)
+    assert values == {2.0**15}
     assert scale.value == 2.0**16
-    for _ in range(40):
-        scale.update(taken=False)
-    assert scale.value == 1.0
+    for _ in range(8 * LossScale.GROWTH_INTERVAL + 1):
+        scale.update(taken)
+    assert scale.value == 2.0**24
     copied = LossScale(torch.float16)
     copied.load_state_dict(scale.state_dict())
-    assert copied.state_dict() == scale.state_dict()
+    assert copied.state_dict() == scale.state_dict() == {"value": 2.0**24, "good_steps": 1}
+    for _ in range(40):
+        scale.update(skipped)
+    assert scale.value == 1.0
     for dtype in (None, torch.bfloat16):
         scale = LossScale(dtype)
-        assert not scale.update(taken=False)
+        scale.update(skipped)
         assert scale.value == 1.0
 
 
@@ -166,7 +176,7 @@ def test_what_is_said_of_skipped_steps_at_the_end():
 def test_a_run_that_took_no_step_is_no_success(small_config, tmp_path, monkeypatch):
     config = small_config(tmp_path / "run", train={"epochs": 0.25, "evaluate_every": 0, "save_every": 0.1})
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", lambda *_: (False, []))
+        patch.setattr(loop, "take_step", lambda *_: (torch.tensor(False), []))
         with pytest.raises(InputError, match="not finite in any of the 2 steps"):
             loop.run_training(config)
     with pytest.raises(InputError, match="not finite in any of the 2 steps"):
@@ -236,9 +246,15 @@ def test_all_ranks_skip_alike(launch, what, zero_stage):
     for name in ("student", "distiller", "pieces-00000", "pieces-00001", "buffers-00000", "buffers-00001"):
         tensors = load_file(checkpoint / f"{name}.safetensors")
         assert all(tensor.isfinite().all() for tensor in tensors.values()), name
-    # Every valid row of both epochs, but for the poisoned ones of the teacher.
+    # Every image of both epochs, but for those of the two steps.
+    order = EpochOrder(np.zeros(240, np.int64), 32, shuffle=True, seed=0)
+    seen = 2 * 240 - order.valid(order.places(0)[4:6]).sum()
     memory = load_file(checkpoint / "distiller.safetensors")
-    assert memory["memory.filled"] == 2 * 240 - (2 if what == "teacher" else 0)
+    observed = [
+        load_file(checkpoint / f"buffers-{rank:05d}.safetensors")["student.head.class_mass"].sum()
+        for rank in range(2)
+    ]
+    assert memory["memory.filled"] == sum(observed) == seen
 
 
 def test_a_run_that_cannot_go_on_says_so(launch):

@@ -3,13 +3,12 @@
 import logging
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from kdav_fast.config import TrainConfig
 from kdav_fast.errors import InputError, one_line
@@ -17,6 +16,7 @@ from kdav_fast.runtime.precision import LossScale
 from kdav_fast.runtime.processes import Cluster, collective_timeout
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
+from kdav_fast.train.engine.untouched import Untouched
 
 
 def _import_deepspeed(device: torch.device):
@@ -44,6 +44,7 @@ def start_engine(
     config: TrainConfig,
     cluster: Cluster,
     dtype: torch.dtype | None,
+    beside: Iterable[nn.Module] = (),
 ) -> "Engine":
     """The engine for `config.zero_stage`.
 
@@ -53,19 +54,21 @@ def start_engine(
         config: batch size, accumulation, clipping and ZeRO stage.
         cluster: the run's processes.
         dtype: autocast dtype; None for float32.
+        beside: modules that are not trained, but whose buffers change in a step.
 
     Raises:
         InputError: `config.deepspeed` names a file that cannot be used.
     """
     engine = WholeEngine if config.zero_stage == 0 else ShardedEngine
-    return engine(module, optimizer, config, cluster, dtype)
+    return engine(module, optimizer, config, cluster, dtype, beside)
 
 
 class Engine(ABC):
     """Forward, backward and optimizer step of what is trained. See `start_engine` for arguments.
 
-    A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer and
-    BatchNorm statistics stay as they were.
+    A step whose loss or gradient is not finite on any rank is skipped on all of them: weights, optimizer, BatchNorm
+    statistics and all other buffers, `beside` too, stay as they were. At stage 0 nothing waits for the device to
+    learn of it, unless the optimizer is one of apex's.
 
     Attributes:
         module: what is trained.
@@ -81,18 +84,17 @@ class Engine(ABC):
         config: TrainConfig,
         cluster: Cluster,
         dtype: torch.dtype | None,
+        beside: Iterable[nn.Module],
     ) -> None:
         self.module, self.optimizer = module, optimizer
         self.zero_stage = config.zero_stage
-        self.loss_scale = LossScale(dtype)
+        self.loss_scale = LossScale(dtype, cluster.device)
         self._clip = config.clip_grad_norm
         self._deepspeed = _import_deepspeed(cluster.device)
         self._engine = self._initialize(config, cluster, dtype)
         self.sharded = None if self.zero_stage == 0 else self._engine.optimizer
         self._apply_loss_scale()
-        norms = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-        self._statistics = [buffer for layer in norms for buffer in layer.buffers()]
-        self._before = [buffer.clone() for buffer in self._statistics]
+        self._untouched = Untouched([module, *beside])
 
     def _initialize(self, config: TrainConfig, cluster: Cluster, dtype: torch.dtype | None) -> Any:
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
@@ -149,27 +151,26 @@ class Engine(ABC):
         if not last:
             self._engine.step()  # only counts
 
-    def step(self, lr: float) -> bool:
-        """Take the optimizer step, after the last micro-batch; returns whether it was taken or skipped.
+    def step(self, lr: float) -> Tensor:
+        """Take the optimizer step, after the last micro-batch.
 
         Args:
             lr: learning rate; each group of parameters takes its `lr_factor` of it.
+
+        Returns:
+            Whether it was taken or skipped, the same on all ranks: scalar, boolean, on the device.
         """
         for group in self.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         taken = self._step()
-        if taken:
-            self.remember_statistics()
-        else:
-            torch._foreach_copy_(self._statistics, self._before)
-        if self.loss_scale.update(taken):
-            self._apply_loss_scale()
+        self._untouched.settle(taken)
+        self.loss_scale.update((~taken).float())
+        self._apply_loss_scale()
         return taken
 
-    def remember_statistics(self) -> None:
-        """What a skipped step goes back to: call this after changing BatchNorm's buffers from outside."""
-        if self._statistics:
-            torch._foreach_copy_(self._before, self._statistics)
+    def remember_buffers(self) -> None:
+        """What a skipped step goes back to: call this after changing buffers from outside."""
+        self._untouched.remember()
 
     def restore_loss_scale(self, state: dict[str, Any]) -> None:
         """Continue with a saved `loss_scale.state_dict()`."""
@@ -195,12 +196,12 @@ class Engine(ABC):
         """Times the loss scale, unless DeepSpeed does that."""
 
     @abstractmethod
-    def _step(self) -> bool:
-        """Step unless a gradient is not finite; returns whether it did."""
+    def _step(self) -> Tensor:
+        """Step unless a gradient is not finite; returns whether it did, as `step` does."""
 
     @abstractmethod
     def _apply_loss_scale(self) -> None:
-        """Tell DeepSpeed a new scale, if it needs to know."""
+        """Tell DeepSpeed the scale, if it needs to know."""
 
 
 class WholeEngine(Engine):
@@ -210,26 +211,43 @@ class WholeEngine(Engine):
         return _StepsElsewhere(self.optimizer.param_groups, {})
 
     def _scaled(self, loss: Tensor) -> Tensor:
-        return loss * self.loss_scale.value
-
-    def _step(self) -> bool:
-        finite = self._finish_gradients()
-        if finite:
-            self.optimizer.step()
-        self._engine.step()  # counts, and drops the gradients
-        return finite
+        return loss * self.loss_scale.factor
 
     @torch.no_grad()
-    def _finish_gradients(self) -> bool:
-        """Unscale and clip, as the ZeRO optimizers do by themselves; returns whether all gradients are finite."""
+    def _step(self) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients).item() / self.loss_scale.value
-        factor = 1.0 / self.loss_scale.value
+        norm = torch.nn.utils.get_total_norm(gradients)
+        taken = norm.isfinite()
+        self._rescale(gradients, norm)
+        self._step_if(taken)
+        self._engine.step()  # counts, and drops the gradients
+        return taken
+
+    def _rescale(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Unscale and clip, as the ZeRO optimizers do by themselves."""
+        scale = self.loss_scale.factor.double()
         if self._clip > 0:
-            factor *= min(1.0, self._clip / (norm + 1e-6))
-        if factor != 1.0:
-            torch._foreach_mul_(gradients, factor)
-        return norm < float("inf")
+            factor = (self._clip / (norm / scale + 1e-6)).clamp(max=1.0) / scale
+        elif self.loss_scale.active:
+            factor = 1.0 / scale
+        else:
+            return
+        torch._foreach_mul_(gradients, factor.float())
+
+    def _step_if(self, taken: Tensor) -> None:
+        optimizer = self.optimizer
+        if not optimizer.defaults.get("fused"):
+            if taken:  # apex's optimizers count their steps on the host: this waits
+                optimizer.step()
+            return
+        # Of a first step that is skipped, torch's SGD would keep momentum that was never written.
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group.get("momentum") else ():
+                if parameter.grad is not None and parameter not in optimizer.state:
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.grad)
+        # torch's kernels change nothing if it is 1: as torch.amp.GradScaler hands it over.
+        optimizer.found_inf = (~taken).float()
+        optimizer.step()
 
     def _apply_loss_scale(self) -> None:
         pass  # nobody else needs to know
@@ -262,12 +280,12 @@ class ShardedEngine(Engine):
     def _scaled(self, loss: Tensor) -> Tensor:
         return loss
 
-    def _step(self) -> bool:
-        self._engine.step()
-        return not self.sharded.overflow
+    def _step(self) -> Tensor:
+        self._engine.step()  # waits for the gradients' norm
+        return torch.full((), not self.sharded.overflow, device=self.loss_scale.factor.device)
 
     def _apply_loss_scale(self) -> None:
-        self.sharded.override_loss_scale(self.loss_scale.value)
+        self.sharded.override_loss_scale(self.loss_scale.value if self.loss_scale.active else 1.0)
 
 
 def shard_for_inference(network: nn.Module, cluster: Cluster) -> None:
