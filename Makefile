@@ -44,10 +44,11 @@ bench: install
 	$(RUN) benchmarks/accuracy.py --device cpu --root $(CIFAR)
 	$(RUN) benchmarks/summary.py
 
-# Everything for one GPU in less than 10 minutes: what fails or takes too long is said, and the rest goes on.
-# With a Python that has all packages: make bench-gpu RUN=python CIFAR=FOLDER PHOTOS=FOLDER RESULTS=FOLDER
+# Everything for one GPU, part by part; what fails or takes too long is said, and the rest goes on. The same command goes
+# on from what is there. With a Python that has all packages: make bench-gpu RUN=python CIFAR=FOLDER PHOTOS=FOLDER
+# RESULTS=FOLDER TEACHER=FILE PARTS="check loss_kernel"
 bench-gpu:
-	CIFAR=$(CIFAR) PHOTOS=$(PHOTOS) RESULTS=$(RESULTS) $(RUN) benchmarks/gpu.py
+	CIFAR=$(CIFAR) PHOTOS=$(PHOTOS) RESULTS=$(RESULTS) $(RUN) benchmarks/gpu.py $(if $(TEACHER),--teacher $(TEACHER)) $(PARTS)
 
 install: $(READY)
 

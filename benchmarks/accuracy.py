@@ -5,7 +5,8 @@
 FOLDER holds train/CLASS/*.jpg and test/CLASS/*.jpg, such as CIFAR-10's. Without --teacher, one is trained first, by the
 package, on all of them (`launch/cifar10_teacher.yaml`). Images are mirrored at random and not augmented further, so the
 teacher answers to each image and its mirror image once, for all students. Students are trained side by side on a CPU,
-one core each, and one after another on a GPU. What is finished is kept in --work: the same command goes on from there.
+one core each, and one after another on a GPU. What is finished is kept in --work and shown in the result at once: the
+same command goes on from there.
 
 Where --train-subset leaves training images out, students are also evaluated on those (10,000 at most): settings are
 chosen by them, and the evaluation images stay unseen.
@@ -19,18 +20,20 @@ import os
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import accuracy_data
-import matplotlib.pyplot as plt
 import torch
 from accuracy_methods import MAIN, PRESETS, VARIANTS, Preset, Task, tasks
 from accuracy_run import run, start_worker
-from command_line import Parser, check_device, default_device, positive, result_files
-from environment import describe
+from command_line import Parser, check_device, default_device, draw, positive, result_files
+from environment import describe, version
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -40,7 +43,8 @@ from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
 
 RECIPES = Path(__file__).parent.parent / "launch"
-PACKAGES = ("torch", "timm", "nvidia-dali-cuda130", "deepspeed", "numpy")
+DALI = "nvidia-dali-cuda130"
+PACKAGES = ("torch", "timm", DALI, "deepspeed", "numpy")
 
 
 def train_teacher(options: argparse.Namespace) -> Path:
@@ -69,6 +73,8 @@ def student_config(options: argparse.Namespace, preset: Preset, teacher: Path) -
     """Images, networks and normalisation of the students; how they are trained is the preset's."""
     subset = "null" if preset.train_subset is None else preset.train_subset
     settings = [f"data.root={options.root}", f"teacher.checkpoint={teacher}", f"data.train_subset={subset}"]
+    if version(DALI) is None:
+        settings.append("data.loader=torchvision")
     return load_config(RECIPES / "cifar10.yaml", [*settings, "data.resident=true", *options.override])
 
 
@@ -84,27 +90,34 @@ class Log:
         self._file, self._key = file, json.dumps(circumstances)
         self._known: dict[str, dict] = {}
         for line in file.read_text().splitlines() if file.exists() else ():
-            result = json.loads(line)
-            if result["key"] == self._key:
-                self._known[json.dumps(result["task"])] = result
+            with suppress(ValueError):  # half a line, where the program was killed in it
+                result = json.loads(line)
+                if result["key"] == self._key:
+                    self._known[json.dumps(result["task"])] = result
 
     def find(self, task: Task) -> dict | None:
         return self._known.get(json.dumps(asdict(task)))
 
     def add(self, task: Task, outcome: dict) -> dict:
         result = {"key": self._key, "task": asdict(task), **outcome}
+        whole = not self._file.exists() or self._file.read_bytes()[-1:] in (b"", b"\n")
         with self._file.open("a") as lines:
-            lines.write(json.dumps(result) + "\n")
+            lines.write(("" if whole else "\n") + json.dumps(result) + "\n")
         return result
 
 
-def train_all(listed: list[Task], file: Path, config: Config, options: argparse.Namespace) -> list[dict]:
-    """Results of all students that the time allows, those of an earlier attempt included."""
+def train_all(
+    listed: list[Task],
+    file: Path,
+    config: Config,
+    options: argparse.Namespace,
+    show: Callable[[list[dict]], object],
+) -> list[dict]:
+    """Results of all students that the time allows, those of an earlier attempt included; `show` hears of each."""
     preset, device = options.settings, options.device
     same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0, lr=0))  # lr is a task's
-    log = Log(
-        options.work / "students.jsonl", [file.name, config.model.model_dump(mode="json"), same, device]
-    )
+    circumstances = [file.name, config.model.model_dump(mode="json"), same, device, torch.__version__]
+    log = Log(options.work / "students.jsonl", circumstances)
     found = {task: log.find(task) for task in listed}
     waiting = [task for task in listed if found[task] is None]
     results = [result for result in found.values() if result is not None]
@@ -130,6 +143,7 @@ def train_all(listed: list[Task], file: Path, config: Config, options: argparse.
                 task, since = running.pop(future)
                 longest = max(longest, time.monotonic() - since)
                 results.append(log.add(task, future.result()))
+                show(results)
                 bar.update()
                 held_out = results[-1]["held_out_top1"]
                 beside = "" if held_out is None else f" (held-out images: {held_out:.2f} %)"
@@ -217,6 +231,8 @@ def print_table(rows: list[dict], teacher_top1: float) -> None:
 
 def plot(rows: list[dict], environment: dict, path: Path) -> None:
     """Accuracy of every method with the deviation over seeds, and that of the design's set-up against minutes."""
+    import matplotlib.pyplot as plt
+
     figure, (bars, lines) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.35 * max(8, len(rows))))
     places = range(len(rows))
     bars.barh(
@@ -298,20 +314,26 @@ def compare(options: argparse.Namespace) -> None:
     teacher_top1 = accuracy_data.load(file, torch.device("cpu")).teacher_top1
     print(f"the teacher has {teacher_top1:.2f} %", flush=True)
     listed = tasks(options.settings, config.model.init, options.methods)
-    rows = summarize(train_all(listed, file, config, options))
     environment = describe(device, PACKAGES)
     if device.type == "cpu":
         environment["threads"] = options.threads  # of each student
-    record = {
-        "environment": environment,
-        "preset": asdict(options.settings),
-        "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
-        "teacher_top1": teacher_top1,
-        "rows": rows,
-        "targets": targets(rows),
-    }
-    write_whole(path, json.dumps(record, indent=1) + "\n")
-    plot(rows, environment, picture)
+
+    def write(results: list[dict]) -> list[dict]:
+        rows = summarize(results)
+        record = {
+            "environment": environment,
+            "preset": asdict(options.settings),
+            "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
+            "teacher_top1": teacher_top1,
+            "rows": rows,
+            "targets": targets(rows),
+        }
+        write_whole(path, json.dumps(record, indent=1) + "\n")
+        return rows
+
+    rows = write(train_all(listed, file, config, options, write))
+    if rows:
+        draw(partial(plot, rows, environment, picture))
     print_table(rows, teacher_top1)
 
 

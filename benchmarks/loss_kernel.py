@@ -100,8 +100,10 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     return [*tensors, posterior]
 
 
-def eager_loss(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor) -> Tensor:
-    """The objective in plain torch, every operation in the inputs' own dtype."""
+def eager_terms(
+    student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both terms of every row in plain torch, every operation in the inputs' own dtype."""
     kappa = SETTINGS["kappa_student"]
     log_p = F.log_softmax(kappa * F.normalize(student, dim=1) @ memory.T, dim=1)
     log_q = F.log_softmax(kappa * F.normalize(teacher, dim=1) @ memory.T, dim=1)
@@ -112,6 +114,12 @@ def eager_loss(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor,
         p_class = torch.zeros_like(logits).index_add(1, posterior, log_p.exp())
     q_class = torch.softmax(logits, dim=1)
     prediction = (torch.xlogy(q_class, q_class) - q_class * p_class.clamp(min=1e-8).log()).sum(1)
+    return membership, prediction
+
+
+def eager_loss(*tensors: Tensor) -> Tensor:
+    """Their sum's mean."""
+    membership, prediction = eager_terms(*tensors)
     return (membership + prediction).mean()
 
 

@@ -9,6 +9,8 @@ them gives the time of each collective of a step. Predicted: the pieces' sum. Me
 A process has one core and one thread, as it would have one GPU; beyond the cores, several share one. The batch of a
 process stays the same (weak scaling) and lies in memory.
 
+What was measured at one number of processes is on the disk before the next: the same command goes on from there.
+
 Of GPUs' networks nothing is measured here: what is assumed stands with its source in `scale_model.GpuCluster` and in
 the result.
 """
@@ -18,11 +20,14 @@ import json
 import os
 import statistics
 import tempfile
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from command_line import RESULT_FOLDER, Parser, check_device, default_device, positive, result_files
+from command_line import RESULT_FOLDER, Parser, check_device, default_device, draw, positive, result_files
 from environment import describe
+from record import Record
 from scale_curves import curves
 from scale_groups import Group, write_data, write_recipe
 from scale_model import GATHER, REDUCE, Point, fit_link, predict, ring_seconds, step_collectives
@@ -30,7 +35,6 @@ from scale_plot import plot
 from timing import quantiles, warn_if_noisy, widest_spread
 
 from kdav_fast.errors import InputError
-from kdav_fast.runtime.files import write_whole
 
 SIZES = (4, 4096, 65536, 2**20)
 """Bytes of the timed collectives."""
@@ -206,18 +210,25 @@ def run(options: argparse.Namespace) -> None:
         environment["threads"] = 1  # of each process
     settings = {name: getattr(options, name) for name in (*CPU, "processes", "rounds", "round_seconds")}
     print(json.dumps({"environment": environment, "settings": settings}, indent=1), flush=True)
+
+    def derive(pieces: list[dict]) -> dict[str, Any]:
+        if not pieces:
+            return {"rows": []}
+        rows = [compare(piece) for piece in pieces]
+        drawn, assumptions = curves(pieces, rows, device.type, RESULT_FOLDER)
+        noise = widest_spread([piece[name] for piece in pieces for name in ("alone", "run")])
+        return {"rows": rows, "noise": noise, "assumptions": assumptions, "curves": drawn}
+
+    record = Record(path, environment, settings, derive, name="pieces")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, options.classes, options.image_size)
         write_recipe(folder, options)
-        pieces = [measure(world, options, folder) for world in sorted(set(options.processes))]
-    rows = [compare(piece) for piece in pieces]
-    drawn, assumptions = curves(pieces, rows, device.type, RESULT_FOLDER)
-    result = {"environment": environment, "settings": settings, "rows": rows, "pieces": pieces}
-    result |= {"noise": widest_spread([piece[name] for piece in pieces for name in ("alone", "run")])}
-    result |= {"assumptions": assumptions, "curves": drawn}
-    write_whole(path, json.dumps(result, indent=1) + "\n")
-    plot(result, picture)
+        for world in sorted(set(options.processes)):
+            if not record.find(processes=world):
+                record.add(measure(world, options, folder))
+    result = record.write()
+    draw(partial(plot, result, picture))
     print_table(result)
 
 

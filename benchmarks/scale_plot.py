@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from scale_model import PIECES
 
 COLOURS = dict(zip(PIECES, ("#0072B2", "#E69F00", "#CC79A7", "#D55E00", "#999999"), strict=True))
@@ -11,6 +10,8 @@ SHARES_OF = "GPUs, class ids"
 
 def plot(result: dict, path: Path) -> None:
     """Left: predicted and measured steps. Right: efficiency, over the share of each piece."""
+    import matplotlib.pyplot as plt
+
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.6), layout="constrained")
     _bars(left, result)
     _efficiency(right, result)

@@ -42,17 +42,14 @@ REFERENCES = {
     "reference bf16 channels_last": {"precision": "bf16", "channels_last": True},
     "reference bf16 channels_last compiled": {"precision": "bf16", "channels_last": True, "compiled": True},
 }
+CACHED = "kdav_fast synthetic, the teacher's answers at hand"
 PLAIN, SLOW, FULL, CEILING = "reference fp32", "kdav_fast fp32", "kdav_fast", "kdav_fast synthetic"
 STUDENT, TEACHER = "student only", "teacher forward"
 """What a step without distillation would consist of; measured with CEILING, on the same batch."""
 VARIANTS = {f"{CEILING}, {name}": variant for name, variant in step_variants.VARIANTS.items()}
-CONTENDERS = (*REFERENCES, SLOW, FULL, CEILING, *VARIANTS)
-NEEDS = {
-    SLOW: ("deepspeed", DALI),
-    FULL: ("deepspeed", DALI),
-    CEILING: ("deepspeed",),
-    STUDENT: ("deepspeed",),
-}
+CONTENDERS = (*REFERENCES, SLOW, FULL, CEILING, CACHED, *VARIANTS)
+NEEDS = {SLOW: ("deepspeed", DALI), FULL: ("deepspeed", DALI)}
+NEEDS |= dict.fromkeys((CEILING, CACHED, STUDENT), ("deepspeed",))
 """Packages without which a contender cannot be measured."""
 LONG_EPOCH = 2**20
 """A DataLoader's workers idle at an epoch's end, which a short one would make look frequent."""
@@ -261,6 +258,11 @@ class Builder:
             return self._stepping(name, self._run(config), repeat(self._batch), 0)
         if name in VARIANTS:
             return self._variant(name)
+        if name == CACHED:
+            run = self._run(self._fast_config)
+            answer = run.teacher(self._batch)
+            run.teacher = lambda batch: answer
+            return self._stepping(name, run, repeat(self._batch), 0)
         run = self._run(self._config) if name == SLOW else self._fast_run
         self._take_first_step(name, run)
         if name == CEILING:

@@ -14,7 +14,7 @@ from pathlib import Path
 from command_line import RESULT_FOLDER, Parser
 from summary_compare import compare
 from summary_pages import html_page, markdown
-from summary_results import RESULTS, read_results
+from summary_results import ONLY_GPU, RESULTS, read_results
 from summary_targets import all_targets
 
 from kdav_fast.errors import InputError
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> None:
         print(compare(results, read_results(options.compare)))
         return
     targets = all_targets(results)
-    missing = [name for name in RESULTS if not any(result.benchmark == name for result in results)]
+    measured = {result.benchmark for result in results}
+    missing = [name for name in RESULTS if name not in measured and name not in ONLY_GPU]
     summary = markdown(results, targets, missing)
     text = replaced(options.page, summary)  # before anything is written
     try:

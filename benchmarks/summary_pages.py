@@ -20,7 +20,8 @@ def _cells(targets: list[Target]) -> list[list[str]]:
 def measured_on(result: Result) -> str:
     """Device, cores or threads, date and versions in a line."""
     environment = result.environment
-    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    installed = {name: version for name, version in environment["versions"].items() if version}
+    versions = ", ".join(f"{name} {version}" for name, version in installed.items())
     for key in ("cores", "threads"):
         if key in environment:
             place = f"{environment['device']}, {environment[key]} {key}"

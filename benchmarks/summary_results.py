@@ -54,6 +54,8 @@ def number(value: float | None) -> str:
 
 def _rates(rows: list[dict], label: str, first: str) -> list[list[str]]:
     """Label, rate, percentiles, and the ratio to a row whose label begins with `first`, else to the first row."""
+    if not rows:
+        return []
     base = next((row for row in rows if row[label].startswith(first)), rows[0])["median_images_per_s"]
     keys = ("median_images_per_s", "p20_images_per_s", "p80_images_per_s")
     return [
@@ -83,14 +85,27 @@ def _loss_kernel(data: dict) -> list[Table]:
     return tables + ([Table("The loss, other shapes", head, other, short=False)] if other else [])
 
 
+def _left_out(data: dict) -> list[Table]:
+    """What could not be measured, and contenders whose speed means nothing."""
+    rows = [[name, reason] for name, reason in (data.get("not_measured") or {}).items()]
+    rows += [
+        [row["contender"], f"trains otherwise: its first loss differs by {row['relative_difference']:.1e}"]
+        for row in data.get("first_step") or []
+        if not row.get("equal", True)
+    ]
+    return [Table("Not measured, or not to be compared", ["what", "why"], rows)] if rows else []
+
+
 def _data_pipeline(data: dict) -> list[Table]:
     head = ["loader", "images/s", "20 %", "80 %", "ratio"]
-    return [Table("Loading and augmenting images", head, _rates(data["rows"], "loader", "torchvision"))]
+    table = Table("Loading and augmenting images", head, _rates(data["rows"], "loader", "torchvision"))
+    return [table, *_left_out(data)]
 
 
 def _training_step(data: dict) -> list[Table]:
     head = ["contender", "images/s", "20 %", "80 %", "ratio"]
     tables = [Table("Training steps", head, _rates(data["rows"], "contender", "reference"))]
+    tables += _left_out(data)
     phases = data["breakdown_s"]
     if phases:
         names = list(dict.fromkeys(name for parts in phases.values() for name in parts))
@@ -119,6 +134,15 @@ def _accuracy(data: dict) -> list[Table]:
     return [Table("Accuracy", head, rows), named]
 
 
+def _right(data: dict) -> list[Table]:
+    """Of check.py and gpu_tests.py."""
+    wrong = [row for row in data["rows"] if not row["right"]]
+    counts = [[str(len(data["rows"])), str(len(data["rows"]) - len(wrong))]]
+    named = [[row["what"], str(row.get("error") or row.get("said") or "wrong")] for row in wrong]
+    tables = [Table("What was checked", ["checks", "right"], counts)]
+    return tables + ([Table("What is wrong", ["check", "what it says"], named)] if named else [])
+
+
 def _scale(data: dict) -> list[Table]:
     rows = []
     for row in data["rows"]:
@@ -126,6 +150,8 @@ def _scale(data: dict) -> list[Table]:
         whole = [number(1e3 * row[key]) for key in ("predicted_s", "measured_s")]
         error = f"{row['error_percent']:+.1f}"
         rows.append([str(row["processes"]), *pieces, *whole, error, number(row["images_per_s"])])
+    if not rows:
+        return []
     names = [f"{name} ms" for name in data["rows"][0]["pieces_s"] if name != "data"]
     head = ["processes", *names, "predicted ms", "measured ms", "error %", "images/s"]
     tables = [Table("A step of several processes: predicted and measured", head, rows)]
@@ -139,12 +165,16 @@ def _scale(data: dict) -> list[Table]:
 
 
 RESULTS: dict[str, Callable[[dict], list[Table]]] = {
+    "check": _right,
     "loss_kernel": _loss_kernel,
     "data_pipeline": _data_pipeline,
     "training_step": _training_step,
     "accuracy": _accuracy,
     "scale": _scale,
+    "gpu_tests": _right,
 }
+ONLY_GPU = ("check", "gpu_tests")
+"""Whose results a CPU does not need."""
 
 
 def read_results(folder: Path) -> list[Result]:
