@@ -39,6 +39,7 @@ bench: install
 	give both: make bench CIFAR=FOLDER PHOTOS=FOLDER" >&2; exit 2; }; done
 	$(RUN) benchmarks/loss_kernel.py --device cpu
 	$(RUN) benchmarks/data_pipeline.py --device cpu --root $(PHOTOS)
+	$(RUN) benchmarks/reading.py --root $(PHOTOS)
 	$(RUN) benchmarks/training_step.py --device cpu --root $(PHOTOS)
 	$(RUN) benchmarks/scale.py --device cpu
 	$(RUN) benchmarks/accuracy.py --device cpu --root $(CIFAR)

@@ -78,6 +78,15 @@ PARTS = {
         packages=("pydantic",),
         images="photos",
     ),
+    "reading": Part(
+        120,
+        lambda options: ["--rounds=5", "--cores=4", *_root(options.photos)],
+        lambda options: [
+            *("--images=6", "--batch-size=4", "--cores=1", "--rounds=1", "--round-seconds=0.02"),
+            "--work-ms=0.1",
+        ],
+        packages=("pydantic",),
+    ),
     "accuracy": Part(
         300,
         lambda options: [*_accuracy(options), "--minutes=5", "--methods", *MAIN_METHODS],

@@ -102,6 +102,13 @@ def _data_pipeline(data: dict) -> list[Table]:
     return [table, *_left_out(data)]
 
 
+def _reading(data: dict) -> list[Table]:
+    head = ["way", "main thread", "images/s", "20 %", "80 %", "its work ms", "lost ms a batch"]
+    keys = ("median_images_per_s", "p20_images_per_s", "p80_images_per_s", "median_work_ms", "median_lost_ms")
+    rows = [[row["way"], row["main"], *(number(row[key]) for key in keys)] for row in data["rows"]]
+    return [Table("Reading files and handing them over", head, rows)]
+
+
 def _training_step(data: dict) -> list[Table]:
     head = ["contender", "images/s", "20 %", "80 %", "ratio"]
     tables = [Table("Training steps", head, _rates(data["rows"], "contender", "reference"))]
@@ -168,6 +175,7 @@ RESULTS: dict[str, Callable[[dict], list[Table]]] = {
     "check": _right,
     "loss_kernel": _loss_kernel,
     "data_pipeline": _data_pipeline,
+    "reading": _reading,
     "training_step": _training_step,
     "accuracy": _accuracy,
     "scale": _scale,

@@ -1,12 +1,12 @@
 """Times, peak memory and the rates of the device, for every benchmark alike."""
 
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -79,12 +79,15 @@ def interleaved(
 
 
 def cpu_seconds() -> float:
-    """Processor time so far of this process and of its live `multiprocessing` children."""
+    """Processor time so far of this process and of its live children."""
     import psutil  # the kernels are also measured where it is not installed
 
-    children = [psutil.Process(child.pid) for child in multiprocessing.active_children()]
-    times = [process.cpu_times() for process in (psutil.Process(), *children)]
-    return sum(spent.user + spent.system for spent in times)
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children()):
+        with suppress(psutil.NoSuchProcess):
+            spent = process.cpu_times()
+            total += spent.user + spent.system
+    return total
 
 
 def wait_until_idle(most: float = 120.0) -> None:
