@@ -104,7 +104,8 @@ class Checkpoints:
             **self._of_this_rank({"optimizer_groups": groups, "loader": run.loaders.train.state_dict()}),
         }
         with run.savable():
-            weights = run.evaluated_student.weights() if step else None  # there is no student before
+            # Before a step was taken, there is no student.
+            weights = run.evaluated_student.weights() if step > run.skipped_steps else None
         if run.cluster.is_first:
             contents |= self._of_all_ranks()
             if weights:

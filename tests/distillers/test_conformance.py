@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from kdav_fast.train.engine.untouched import Untouched
 from tests.distillers.small_run import BATCH, CLASSES, SmallRun, all_cases
 
 CASES = all_cases()
@@ -171,3 +172,16 @@ def test_mixed_images_are_taken_where_the_section_says_so(section):
     answer, gradients = run.answer(sample._replace(batch=sample.batch._replace(mixed=shares)))
     assert answer.total.isfinite()
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+def test_a_step_that_is_not_taken_leaves_no_trace(section):
+    with_it, without = prepared(section), prepared(section)
+    untouched = [Untouched([run.distiller, run.trainee]) for run in (with_it, without)]
+    with_it.answer(with_it.sample(30), 0)
+    untouched[0].settle(torch.tensor(False))
+    for step in range(2):
+        outcomes = [run.answer(run.sample(10 + step), step) for run in (with_it, without)]
+        close(*outcomes, rtol=0, atol=0)
+        for each in untouched:
+            each.settle(torch.tensor(True))
+    close(state_of(with_it), state_of(without), rtol=0, atol=0)
