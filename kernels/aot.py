@@ -46,6 +46,10 @@ class Narrow(NamedTuple):
 NARROW: dict[str, Narrow] = {
     # Ratios by class id, 8 a thread.
     "slope_kernel ids": Narrow(once=12),
+    # One row number of the class order each.
+    "membership_kernel ids": Narrow(in_loops=1),
+    # Logits, 16 a thread three times: the rows of K values may start anywhere.
+    "divergence_kernel": Narrow(once=24, in_loops=48),
 }
 """By kernel, or kernel and kind of posterior. Not asked of shapes that are odd, whose rows start anywhere."""
 

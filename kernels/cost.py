@@ -291,11 +291,48 @@ def fused_64559d1(shape: Shape) -> Iterator[Pass]:
     yield rowwise("small operations", FLOAT * b, 0, times=12)
 
 
+def fused(shape: Shape, half_memory: bool = False) -> Iterator[Pass]:
+    """`triton`: similarities kept in 16 bits, the vendor's products, one kernel between two of them.
+
+    The class order is given: sorting it is part of the push.
+
+    Args:
+        half_memory: whether U is float16 already, as a training run keeps it; else it is copied to that.
+    """
+    b, d, n, k, ids = shape
+    one = HALF * shape.pairs
+    yield rowwise("unit rows", 2 * 2 * HALF * b * d, 0, triton=True)
+    if not half_memory:
+        yield rowwise("memory to float16", 2 * HALF * n * d, 2 * HALF * n * d)
+    yield product("similarity", n, 2 * b, d)
+    sums = 3 * FLOAT * b * k if ids else 4 * FLOAT * b * math.ceil(n / 8 / max(1, n // 8 // 320)) + one
+    # With class ids one load waits for another twice: where a class begins, its rows, their similarities.
+    chain = 3 if ids else 1
+    yield rowwise("membership", 2 * one + sums, 2 * one, triton=True)._replace(unhidden=chain * H200.latency)
+    if not ids:
+        yield product("class mass", k, b, n, out=FLOAT)
+    parts = 3 * FLOAT * b * k if ids else sums - one + FLOAT * b * k
+    yield rowwise("divergence", parts + 5 * HALF * b * k, 0, triton=True)._replace(unhidden=5 * H200.latency)
+    if not ids:
+        yield product("class share", n, b, k)
+    yield rowwise("slopes", 4 * one, 3 * one, triton=True)._replace(unhidden=H200.latency)
+    yield product("gradient", b, d, n, out=FLOAT)
+    yield rowwise("embedding gradient", (2 * HALF + FLOAT) * b * d, 0, triton=True)
+    yield rowwise("mean and its gradient", 0, 0, times=2)
+
+
+def fused_half(shape: Shape) -> Iterator[Pass]:
+    """`fused` with the memory as a training run keeps it."""
+    return fused(shape, half_memory=True)
+
+
 IMPLEMENTATIONS: dict[str, Callable[[Shape], Iterator[Pass]]] = {
     "eager bf16": eager,
     "torch.compile": compiled,
     "chunked 64559d1": chunked_64559d1,
     "triton 64559d1": fused_64559d1,
+    "triton": fused,
+    "triton, U fp16": fused_half,
 }
 """Name -> the passes of forward and backward with bfloat16 inputs and `filled` on the device."""
 

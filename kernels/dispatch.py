@@ -11,7 +11,7 @@ from kdav_fast.kernels.caller import only_unchanged
 from kdav_fast.kernels.chunked import chunked_terms
 from kdav_fast.kernels.reference import reference_terms
 
-Terms = Callable[..., tuple[Tensor, Tensor]]
+Terms = Callable[..., tuple[Tensor, ...]]
 Posterior = Literal["dense", "ids"]
 
 
@@ -27,7 +27,7 @@ def compiled_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
     return terms
 
 
-def fused_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor]:
+def fused_terms(*args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`triton_kdav.triton_terms`; Triton is imported here because not every system without a GPU has it."""
     from kdav_fast.kernels.triton_kdav import triton_terms
 
@@ -49,32 +49,34 @@ class Rule(NamedTuple):
     name: str
     reason: str
     dtypes: tuple[torch.dtype, ...] | None = None
-    largest_width: int | None = None
-    largest_work: int | None = None
-    """Of batch x width x length."""
     largest_similarities: int | None = None
     """Of batch x length."""
 
-
-HALF = (torch.float16, torch.bfloat16)
 
 # The CPU lines were measured (benchmarks/results/loss_kernel_cpu.json): the reference is ahead at batch x length
 # 2^19 and below; chunked is level with it or ahead at 2^21 (two machines), and ahead by 5 to 14 % at 2^24, in a fifth
 # of its memory.
 # torch.compile is faster than both, but takes long to compile and memory that grows with L, so that only the user
 # picks it.
-# The CUDA lines were NOT measured: no GPU was at hand. They follow from counts of work and bytes (DESIGN section
-# 5): the fused kernels do 11 units of 2 B L d FLOP against 9 chunked, in 5 launches against 10 or more a slice.
-# Up to 4 times shape A (B 256, d 512, L 16384) those launches should cost more than the 2 units.
+# The CUDA lines were NOT measured: no GPU was at hand. They follow from counts of work and bytes (cost.py): the fused
+# kernels do 3 units of 2 B L d FLOP in a handful of launches, chunked does 5, in 10 or more launches a slice; but they
+# keep similarities of student and teacher for the backward pass, and memory is the user's: 64 MiB, not more.
 TABLE = (
     Rule(
         "cuda",
         "triton",
-        "width <= 512 and batch x width x length <= 2^33: few launches count for more than recomputed "
-        "similarities (by analysis, not measured)",
-        dtypes=HALF,
-        largest_width=512,
-        largest_work=2**33,
+        "batch x length <= 2^24 in half precision: similarities are computed once and kept, 64 MiB at most (by "
+        "analysis, not measured)",
+        dtypes=(torch.float16, torch.bfloat16),
+        largest_similarities=2**24,
+    ),
+    Rule(
+        "cuda",
+        "triton",
+        "batch x length <= 2^23 in float32: similarities are computed once and kept, 64 MiB at most (by analysis, "
+        "not measured)",
+        dtypes=(torch.float32,),
+        largest_similarities=2**23,
     ),
     Rule("cuda", "chunked", "matrix products by cuBLAS, memory bounded (by analysis, not measured)"),
     Rule(
@@ -106,15 +108,13 @@ def explain_choice(
         device: of the tensors.
         batch, width, length, classes: B, d, L, K of DESIGN section 2.
         dtype: widest of the embeddings'.
-        posterior: "dense" class probabilities or class "ids". Neither it nor K decides anything so far.
+        posterior: "dense" class probabilities or class "ids". Neither it nor d or K decides anything so far.
     """
     kind = torch.device(device).type
     for rule in TABLE:
         fits = (
             rule.device == kind
             and (rule.dtypes is None or dtype in rule.dtypes)
-            and (rule.largest_width is None or width <= rule.largest_width)
-            and (rule.largest_work is None or batch * width * length <= rule.largest_work)
             and (rule.largest_similarities is None or batch * length <= rule.largest_similarities)
         )
         if fits:

@@ -13,7 +13,8 @@ import torch
 import triton
 from torch import Tensor
 
-from kdav_fast.kernels import chunked_gpu, triton_chunk
+from kdav_fast.kernels import chunked_gpu, triton_chunk, triton_kdav, triton_kernels
+from kdav_fast.kernels.class_order import class_order
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -142,8 +143,25 @@ def chunked_launches(case: Case) -> None:
     chunked_gpu.add_slopes(grad, query, memory, posterior, case.filled, total, total, by_class, 0)
 
 
+def fused_launches(case: Case) -> None:
+    """`triton`'s kernels, forward and backward, with concentrations that bound similarities and with larger ones."""
+    # Tensors without values: no product has to be computed.
+    inputs = [tensor.to("meta") for tensor in case.inputs()]
+    filled = None if case.filled is None else case.filled.to("meta")
+    order = class_order(inputs[4], case.classes) if case.ids else (None, None)
+    for kappa in (triton_kdav.LARGEST_BOUND, 2 * triton_kdav.LARGEST_BOUND):
+        numbers = triton_kdav.Settings(kappa, kappa, 1.0, 1e-8, 1.0, 1.0)
+        loss, _, _, *saved = triton_kdav.launch_forward(*inputs, filled, *order, *numbers)
+        student, _, _, memory, posterior = inputs
+        upstream = torch.ones((), device="meta").expand_as(loss)
+        triton_kdav.launch_backward(
+            upstream, student, memory, posterior, filled, *saved, *numbers[:3], *numbers[4:]
+        )
+
+
 IMPLEMENTATIONS: dict[str, tuple[Callable[[Case], None], ModuleType]] = {
     "chunked": (chunked_launches, triton_chunk),
+    "triton": (fused_launches, triton_kernels),
 }
 """What runs the launches of a case, and where its kernels are."""
 

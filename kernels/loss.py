@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdav_fast.kernels.caller import is_transformed, only_first_derivative, without_autocast
+from kdav_fast.kernels.class_order import ClassOrder
 from kdav_fast.kernels.dispatch import IMPLEMENTATIONS, choose
 
 Reduction = Literal["mean", "none", "sum"]
@@ -42,6 +43,7 @@ def kdav_loss(
     reduction: Reduction = "mean",
     impl: Implementation = "auto",
     workspace_bytes: int | None = None,
+    memory_order: ClassOrder | None = None,
 ) -> KDAVResult:
     """Knowledge distillation with an auxiliary variable (DESIGN section 2).
 
@@ -66,11 +68,13 @@ def kdav_loss(
         eps: floor of p(y|x) inside the logarithm.
         reduction: over rows: "mean", "sum" or "none".
         impl: "reference" is plain torch, "compile" the same through torch.compile; "chunked" takes the memory
-            in slices, on any device; "triton" is a set of fused kernels for CUDA. "auto" picks by device,
-            shape and dtype: see `dispatch.explain_choice`. Only "reference" has second derivatives
+            in slices, on any device; "triton" fuses what stands between matrix products, for CUDA. "auto"
+            picks by device, shape and dtype: see `dispatch.explain_choice`. Only "reference" has second derivatives
             (`create_graph=True`) and forward-mode ones; "auto" and "compile" take it under torch.func.
         workspace_bytes: most that "chunked" allocates for a slice of the memory, besides statistics of
             10 (d + K) values a batch row. `None` means half of a GPU's L2 cache, 64 MiB on a CPU.
+        memory_order: `class_order` of these class ids and this `filled`, for "triton", which sorts them itself if it is
+            `None`; the others do not need it. `TeacherMemory.order` has it.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
@@ -100,22 +104,30 @@ def kdav_loss(
     if workspace_bytes is not None and not workspace_bytes > 0:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be above 0, or None for the default")
     tensors = (student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
+    if memory_order is not None:
+        _check_order(memory_order, memory_posterior, teacher_logits.shape[1])
     name = _implementation(impl, *tensors)
     bound = {"workspace_bytes": workspace_bytes} if name == "chunked" else {}
 
+    settings = {
+        "kappa_student": float(kappa_student),
+        "kappa_teacher": float(kappa_teacher),
+        "temperature": float(temperature),
+        "eps": float(eps),
+    }
+    weights = {"weight_membership": float(weight_membership), "weight_prediction": float(weight_prediction)}
+
     with without_autocast(student_embedding.device):
-        membership_kl, prediction_kl = IMPLEMENTATIONS[name](
-            *tensors,
-            filled,
-            kappa_student=float(kappa_student),
-            kappa_teacher=float(kappa_teacher),
-            temperature=float(temperature),
-            eps=float(eps),
-            **bound,
-        )
-    if name != "reference":
-        only_first_derivative((membership_kl, prediction_kl), name)
-    loss = weight_membership * membership_kl + weight_prediction * prediction_kl
+        if name == "triton":  # which weighs the terms where it forms them
+            loss, membership_kl, prediction_kl = IMPLEMENTATIONS[name](
+                *tensors, filled, **settings, **weights, memory_order=memory_order
+            )
+            only_first_derivative((loss,), name)
+        else:
+            membership_kl, prediction_kl = IMPLEMENTATIONS[name](*tensors, filled, **settings, **bound)
+            if name != "reference":
+                only_first_derivative((membership_kl, prediction_kl), name)
+            loss = weight_membership * membership_kl + weight_prediction * prediction_kl
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return KDAVResult(loss, membership_kl.detach(), prediction_kl.detach())
@@ -189,6 +201,20 @@ def _check_tensors(
         raise ValueError(
             f"memory_posterior has shape {tuple(posterior.shape)}; class ids must be {length} values"
         )
+
+
+def _check_order(order: ClassOrder, posterior: Tensor, classes: int) -> None:
+    if not isinstance(order, ClassOrder) or posterior.ndim != 1:
+        raise TypeError(
+            f"memory_order is a {type(order).__name__}; it must be the class_order of a memory of class ids, or None"
+        )
+    wanted = {"rows": len(posterior), "starts": classes + 1}
+    for (name, count), tensor in zip(wanted.items(), order, strict=True):
+        if tensor.shape != (count,) or tensor.device != posterior.device:
+            raise ValueError(
+                f"memory_order.{name} has shape {tuple(tensor.shape)} on {tensor.device}; with this memory it must "
+                f"have {count} values on {posterior.device}"
+            )
 
 
 def _check_filled(filled: int | Tensor | None, memory: Tensor) -> int | Tensor:

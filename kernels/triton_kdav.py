@@ -1,45 +1,67 @@
-"""The objective by fused Triton kernels: launches and the autograd function."""
+"""The objective by fused Triton kernels around matrix products of the vendor: launches and the operators.
+
+Forward: one product writes both similarities, L x 2B; one kernel turns them into both softmaxes' sums and the class
+masses (with dense posteriors into weights, which one more product turns into masses); one kernel forms both
+divergences. Backward: the similarities are read once more, one kernel writes the slopes, one product multiplies them
+with U. Both passes are custom operators, which torch.compile takes whole and CUDA graphs capture: no shape and no
+launch depends on a value on the device.
+"""
 
 from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
-from torch import Tensor
+from torch import Tensor, library
 
 from kdav_fast.kernels import triton_kernels as kernels
-from kdav_fast.kernels.tiles import TILES, architecture
+from kdav_fast.kernels.caller import on_device, without_autocast
+from kdav_fast.kernels.class_order import ClassOrder, class_order
 
-TRITON_DTYPE = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-# float32 products take three TF32 ones of split operands: 2^-21 relative or so, on the matrix units.
-FLOAT32_PRECISION = "tf32x3"
-MAX_SPLITS = 64
-# A row's sum over splits, and the class tile of the kernel that forms the divergences.
-DIVERGENCE_BLOCK_K = 256
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# |s| <= kappa, since rows of the memory are unit: up to here exp(s - kappa) is far from float32's smallest number.
+# Above it the largest similarity is looked for.
+LARGEST_BOUND = 30.0
+# Programs that a pass aims at, two to three for each multiprocessor, and the most parts of a memory.
+PROGRAMS, MOST_PARTS, MAXIMUM_PARTS = 320, 1024, 64
 
 
-def product_constants(
-    embedding_dtype: torch.dtype, posterior_dtype: torch.dtype, classes: int
-) -> dict[str, Any]:
-    """Constants of the matrix products: alignment, operand types and how float32 ones are multiplied.
+class Blocks(NamedTuple):
+    """Sizes of a program's tile; how many warps work on it."""
 
-    Triton itself tells rows of R aligned only where K is a multiple of 16, which 1000 is not; 8 is enough for
-    loads of 16 bytes.
+    items: int
+    rows: int
+    num_warps: int = 8
 
-    Class products stay in bfloat16 where the posterior is (or is class ids beside a bfloat16 memory). float16
-    cannot hold a ratio q / p: beside it they take TF32, whose mantissa is float16's.
+
+def pass_blocks(rows: int) -> Blocks:
+    """Of the passes over similarities: whole vectors along the batch, 8 values a thread."""
+    width = min(256, triton.next_power_of_2(rows))
+    return Blocks(2048 // width, width)
+
+
+def divergence_blocks(classes: int) -> Blocks:
+    """Of the kernel that forms the divergences: all classes at once where registers hold them."""
+    return Blocks(min(1024, triton.next_power_of_2(classes)), 4)
+
+
+def padded(batch: int) -> int:
+    """Rows that a batch takes in similarities: whole vectors, whatever the dtype."""
+    return (batch + 15) // 16 * 16
+
+
+def similarity_dtype(memory: Tensor) -> torch.dtype:
+    """Of unit rows, their products and of what these are kept in, by the memory's.
+
+    bfloat16 would do for neither: its 8 bits make errors of 2 % in a probability at kappa 10, above those of the plain
+    torch operations. Unit rows and cosines fit float16, of the same size and with 8 times the precision.
     """
-    dense = posterior_dtype.is_floating_point
-    narrow = embedding_dtype == torch.bfloat16 and posterior_dtype in (torch.bfloat16, torch.int64)
-    half = posterior_dtype if dense else embedding_dtype
-    return {
-        "GROUP": 8 if classes % 8 == 0 else 1,
-        "DENSE": dense,
-        "DTYPE": TRITON_DTYPE[embedding_dtype],
-        "PRECISION": FLOAT32_PRECISION,
-        "CLASS_DTYPE": tl.bfloat16 if narrow else tl.float32,
-        "CLASS_PRECISION": FLOAT32_PRECISION if half == torch.float32 else "tf32",
-    }
+    return torch.float32 if memory.dtype == torch.float32 else torch.float16
+
+
+def class_dtype(memory: Tensor, posterior: Tensor) -> torch.dtype:
+    """Of dense weights and of ratios; float16 holds neither exp(-2 kappa) nor q / p."""
+    half = memory.dtype != torch.float32 and posterior.dtype in (torch.bfloat16, torch.int64)
+    return torch.bfloat16 if half else torch.float32
 
 
 def triton_terms(
@@ -54,158 +76,294 @@ def triton_terms(
     kappa_teacher: float,
     temperature: float,
     eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Both divergences per row (DESIGN section 2), differentiable in `student_embedding`.
+    weight_membership: float = 1.0,
+    weight_prediction: float = 1.0,
+    memory_order: ClassOrder | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss of each row (DESIGN section 2), differentiable in `student_embedding`, and both divergences.
 
-    Arguments are those of `kdav_loss`, already validated, on a CUDA device, in float32, float16 or bfloat16;
-    embeddings of unlike dtypes are multiplied in their common one. Sums are taken in float32 and two runs give
-    the same bits. Extra memory: splits x B x (K + d) partial sums, and none that grows with L.
+    Arguments are those of `kdav_loss`, already validated, on a CUDA device, in float32, float16 or bfloat16; products
+    with the memory take float16 operands where it is half precision. Sums are taken in float32, in a fixed order.
+
+    Extra memory: similarities, 2 B L values of 2 bytes (4 beside a float32 memory), kept for the backward pass; half
+    as many slopes there, and with dense posteriors half as many weights (forward) and shares (backward). A bfloat16
+    memory is copied to float16, dense posteriors to float32 where they or the memory are of another dtype than
+    bfloat16. L must be below 2^31; every other offset has 64 bits.
 
     Returns:
-        membership_kl and prediction_kl, B each, float32.
+        weight_membership * membership_kl + weight_prediction * prediction_kl, membership_kl and prediction_kl: B each,
+        float32; only the first has a gradient.
 
     Raises:
         TypeError: a float64 input.
-        ValueError: tensors that Triton cannot reach.
+        ValueError: tensors that Triton cannot reach, a device that is too old, or a memory that is too long.
     """
     tensors = [student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior]
     for tensor in tensors:
-        if tensor.dtype not in (*TRITON_DTYPE, torch.int64):
+        if tensor.dtype not in (*DTYPES, torch.int64):
             raise TypeError(
                 f"impl 'triton' was given {tensor.dtype}; it takes float32, float16 and bfloat16: "
                 "use impl='chunked' or 'reference'"
             )
-    device = student_embedding.device
-    if device.type != "cuda" and isinstance(kernels.class_kernel, triton.JITFunction):
+    _check_device(student_embedding.device)
+    if memory_embedding.shape[0] >= 2**31:
+        raise ValueError(
+            f"impl 'triton' was given a memory of {memory_embedding.shape[0]} rows; it takes fewer than 2^31: "
+            "use impl='chunked'"
+        )
+    student, teacher, logits, memory, posterior = (tensor.contiguous() for tensor in tensors)
+    used = filled if isinstance(filled, Tensor) else None
+    if used is None:
+        memory, posterior = memory[:filled], posterior[:filled]
+    if posterior.ndim == 2:
+        memory_order = None
+    elif memory_order is None:
+        memory_order = class_order(posterior, logits.shape[1], used)
+    order, starts = (None, None) if memory_order is None else memory_order
+    settings = Settings(kappa_student, kappa_teacher, temperature, eps, weight_membership, weight_prediction)
+    loss, membership_kl, prediction_kl, *_ = fused_forward(
+        student, teacher, logits, memory, posterior, used, order, starts, *settings
+    )
+    return loss, membership_kl, prediction_kl
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(device)
+        if major < 8:
+            raise ValueError(
+                f"impl 'triton' was given a device of compute capability {major}.x; it needs 8.0 or newer: "
+                "use impl='chunked'"
+            )
+    elif not kernels.INTERPRETED.value:
         raise ValueError(
             f"impl 'triton' was given tensors on {device}; it runs on CUDA: use impl='chunked', or start "
             "Python with TRITON_INTERPRET=1 to interpret the kernels (slow, for tests)"
         )
-    if isinstance(filled, int):
-        filled = torch.full((), filled, dtype=torch.int64, device=device)
-    return _TritonTerms.apply(
-        *(tensor.contiguous() for tensor in tensors), filled, kappa_student, kappa_teacher, temperature, eps
-    )
 
 
-class _Saved(NamedTuple):
-    """Tensors for the backward pass, in the order of the gradient kernel's first arguments."""
-
-    student: Tensor
-    teacher: Tensor
-    memory: Tensor
-    posterior: Tensor
-    filled: Tensor
-    inverse_norm: Tensor
-    """Of student and teacher, 2 x B."""
-    log_total: Tensor
-    """The same shape."""
-    ratio: Tensor
-    """q / p by class, B x K."""
-    above: Tensor
-    """Sum of q over the classes above the floor, B."""
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right, summed in float32 and rounded once, to `dtype`."""
+    if not left.is_cuda:
+        return (left.float() @ right.float()).to(dtype)
+    return left @ right if left.dtype == dtype else torch.mm(left, right, out_dtype=dtype)
 
 
-class _Settings(NamedTuple):
-    """What both passes compute with."""
+def _shifted_product(left: Tensor, right: Tensor, shift: Tensor) -> Tensor:
+    """shift + left @ right, summed in float32 and rounded once."""
+    if left.is_cuda:
+        return torch.addmm(shift, left, right)
+    return torch.addmm(shift.float(), left.float(), right.float()).to(shift.dtype)
+
+
+class Settings(NamedTuple):
+    """The operators' numbers, in their order."""
 
     kappa_student: float
     kappa_teacher: float
     temperature: float
-    dtype: torch.dtype
-    """Of the products of embeddings."""
-    constants: dict[str, Any]
-    """Of the matrix products."""
+    eps: float
+    weight_membership: float
+    weight_prediction: float
 
 
-class _TritonTerms(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Tensor,
-        logits: Tensor,
-        memory: Tensor,
-        posterior: Tensor,
-        filled: Tensor,
-        kappa_student: float,
-        kappa_teacher: float,
-        temperature: float,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
+class _Parts(NamedTuple):
+    """How the memory is dealt to programs, and how that is told to the kernels."""
+
+    count: int
+    step: int
+    """With class ids: pieces of each class. Else rows of a part."""
+
+
+def memory_parts(length: int, rows: int, classes: int, blocks: Blocks, ids: bool) -> _Parts:
+    """Enough parts for PROGRAMS programs; with class ids at least one a class."""
+    columns = triton.cdiv(rows, blocks.rows)
+    if ids:
+        pieces = min(triton.cdiv(PROGRAMS, classes * columns), triton.cdiv(length, blocks.items), 64)
+        return _Parts(classes * pieces, pieces)
+    tiles = triton.cdiv(length, blocks.items)
+    count = min(MOST_PARTS, tiles, max(triton.cdiv(PROGRAMS, columns), triton.cdiv(tiles, 8)))
+    step = triton.cdiv(tiles, count) * blocks.items
+    return _Parts(triton.cdiv(length, step), step)
+
+
+def launch_forward(
+    student: Tensor,
+    teacher: Tensor,
+    logits: Tensor,
+    memory: Tensor,
+    posterior: Tensor,
+    filled: Tensor | None,
+    order: Tensor | None,
+    starts: Tensor | None,
+    kappa_student: float,
+    kappa_teacher: float,
+    temperature: float,
+    eps: float,
+    weight_membership: float,
+    weight_prediction: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The loss and both divergences of each row (B), then what the backward pass needs (`_Saved`)."""
+    with on_device(student.device), without_autocast(student.device):
         (batch, width), length, classes = student.shape, memory.shape[0], logits.shape[1]
-        dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), memory.dtype)
-        constants = product_constants(dtype, posterior.dtype, classes)
-        ctx.settings = _Settings(kappa_student, kappa_teacher, temperature, dtype, constants)
-        similarity = {key: constants[key] for key in ("DTYPE", "PRECISION")}
+        kept, classed = similarity_dtype(memory), class_dtype(memory, posterior)
+        outputs = _row_outputs(logits, posterior, classed)
+        loss, membership_kl, prediction_kl, log_total, ratio, shift, above = outputs
+        rows = padded(batch)
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=torch.float32, device=student.device)
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=student.device)
 
-        tiles = TILES[architecture(student.device)]
-        tile = tiles["membership"][dtype]
-        row_tiles = triton.cdiv(batch, tile.rows)
-        splits = _splits(row_tiles, length, tile.items, student.device)
-        partial, inverse_norm = empty(5, splits, batch), empty(2, batch)
-        kernels.membership_kernel[(row_tiles, splits)](
-            student, teacher, memory, filled, partial, inverse_norm,
-            batch, length, width, splits, kappa_student, kappa_teacher,
-            **tile.constants(), **tile.options(), **similarity,
+        unit = empty(2 * rows, width, dtype=kept)
+        kernels.unit_kernel[(2 * rows,)](
+            student, teacher, unit, batch, rows, width, BLOCK_D=triton.next_power_of_2(width)
+        )
+        similarity = _product(memory.to(kept), unit.T, kept)
+
+        blocks = pass_blocks(rows)
+        masked = {"MASKED": filled is not None, "BLOCK_L": blocks.items, "BLOCK_B": blocks.rows}
+        bounded = max(kappa_student, kappa_teacher) <= LARGEST_BOUND
+        top, top_parts = similarity, 1
+        if not bounded:
+            step = triton.cdiv(triton.cdiv(length, MAXIMUM_PARTS), blocks.items) * blocks.items
+            top_parts = triton.cdiv(length, step)
+            top = empty(top_parts, 2 * rows)
+            kernels.maximum_kernel[(top_parts, triton.cdiv(2 * rows, blocks.rows))](
+                similarity, filled, top, length, rows, step, **masked, num_warps=blocks.num_warps
+            )
+        ceiling = {"BOUNDED": bounded, "BLOCK_P": triton.next_power_of_2(top_parts)}
+
+        ids = posterior.ndim == 1
+        parts, step = memory_parts(length, rows, classes, blocks, ids)
+        partial = empty(3 if ids else 4, parts, rows)
+        weights = similarity if ids else empty(length, rows, dtype=classed)
+        kernels.membership_kernel[(parts, triton.cdiv(rows, blocks.rows))](
+            similarity, top, filled, order, starts, partial, weights,
+            length, rows, parts, step, top_parts, kappa_student, kappa_teacher,
+            IDS=ids, **masked, **ceiling, num_warps=blocks.num_warps,
         )  # fmt: skip
+        mass, pieces = partial, step
+        if not ids:
+            mass, pieces = _product(posterior.to(classed).T, weights, torch.float32), 1
 
-        tile = tiles["dense" if posterior.ndim == 2 else "ids"][dtype]
-        row_tiles, class_tiles = triton.cdiv(batch, tile.rows), triton.cdiv(classes, tile.classes)
-        class_splits = _splits(row_tiles * class_tiles, length, tile.items, student.device)
-        class_partial = empty(class_splits, batch, classes)
-        class_statistics = empty(2, class_splits, batch)
-        kernels.class_kernel[(row_tiles, class_tiles, class_splits)](
-            student, memory, posterior, filled, class_partial, class_statistics,
-            batch, length, width, classes // constants["GROUP"], class_splits, kappa_student,
-            **tile.constants(), **tile.options(), **constants,
+        blocks = divergence_blocks(classes)
+        kernels.divergence_kernel[(triton.cdiv(rows, blocks.rows),)](
+            logits, top, partial, mass, loss, membership_kl, prediction_kl, log_total, ratio, shift, above,
+            batch, rows, classes, parts, pieces, top_parts, kappa_student, kappa_teacher,
+            temperature, eps, weight_membership, weight_prediction,
+            IDS=ids, **ceiling, BLOCK_K=blocks.items, BLOCK_B=blocks.rows, num_warps=blocks.num_warps,
         )  # fmt: skip
+        return loss, membership_kl, prediction_kl, similarity, log_total, ratio, shift, above
 
-        membership_kl, prediction_kl, above = empty(batch), empty(batch), empty(batch)
-        log_total, ratio = empty(2, batch), empty(batch, classes)
-        if constants["DENSE"] and constants["CLASS_DTYPE"] == tl.bfloat16:
-            ratio = torch.empty_like(ratio, dtype=torch.bfloat16)  # as its product takes it
-        kernels.divergence_kernel[(batch,)](
-            logits, partial, class_partial, class_statistics, membership_kl, prediction_kl, log_total, ratio, above,
-            batch, classes, splits, class_splits, temperature, eps,
-            BLOCK_K=DIVERGENCE_BLOCK_K, BLOCK_S=MAX_SPLITS,
+
+def _row_outputs(logits: Tensor, posterior: Tensor, classed: torch.dtype) -> tuple[Tensor, ...]:
+    """What the forward pass returns beside the similarities, not yet written."""
+    (batch, classes), rows = logits.shape, padded(logits.shape[0])
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=logits.device)
+
+    by_row = empty(batch), empty(batch), empty(batch)
+    shifts = rows if posterior.ndim == 2 else 0
+    by_class = empty(classes, rows, dtype=classed), empty(shifts, dtype=classed)
+    return *by_row, empty(2, rows), *by_class, empty(rows)
+
+
+fused_forward = library.custom_op("kdav_fast::fused_forward", launch_forward, mutates_args=())
+
+
+@fused_forward.register_fake
+def _fake_forward(
+    student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    shape = memory.shape[0], 2 * padded(student.shape[0])
+    similarity = memory.new_empty(shape, dtype=similarity_dtype(memory))
+    outputs = _row_outputs(logits, posterior, class_dtype(memory, posterior))
+    return *outputs[:3], similarity, *outputs[3:]
+
+
+class _Saved(NamedTuple):
+    """Tensors for the backward pass."""
+
+    student: Tensor
+    memory: Tensor
+    posterior: Tensor
+    filled: Tensor | None
+    similarity: Tensor
+    """Cosines, L x 2 rows: the student's, then the teacher's."""
+    log_total: Tensor
+    """log sum exp of student and teacher, 2 x rows."""
+    ratio: Tensor
+    """q / p, 0 below the floor; K x rows."""
+    shift: Tensor
+    """What the product with a dense R adds to r, in ratio's dtype; rows. With class ids empty."""
+    above: Tensor
+    """Sum of p times ratio over the classes, dense: plus shift; rows."""
+
+
+def launch_backward(
+    grad: Tensor,
+    student: Tensor,
+    memory: Tensor,
+    posterior: Tensor,
+    filled: Tensor | None,
+    similarity: Tensor,
+    log_total: Tensor,
+    ratio: Tensor,
+    shift: Tensor,
+    above: Tensor,
+    kappa_student: float,
+    kappa_teacher: float,
+    temperature: float,
+    weight_membership: float,
+    weight_prediction: float,
+) -> Tensor:
+    """The gradient in `student`, of the gradient in each row's loss (B values, which may be one expanded)."""
+    with on_device(student.device), without_autocast(student.device):
+        (batch, width), length, (classes, rows) = student.shape, memory.shape[0], ratio.shape
+        ids = posterior.ndim == 1
+        share = ratio if ids else _shifted_product(posterior.to(ratio.dtype), ratio, shift)
+        slope = torch.empty(length, rows, dtype=memory.dtype, device=student.device)
+        blocks = pass_blocks(rows)
+        weights = (temperature, weight_membership, weight_prediction)
+        kernels.similarity_gradient_kernel[(triton.cdiv(length, blocks.items), triton.cdiv(rows, blocks.rows))](
+            similarity, filled, posterior, share, log_total, above, grad, slope,
+            batch, length, rows, classes, grad.stride(0), kappa_student, kappa_teacher, *weights,
+            IDS=ids, MASKED=filled is not None, BLOCK_L=blocks.items, BLOCK_B=blocks.rows, num_warps=blocks.num_warps,
         )  # fmt: skip
-        saved = _Saved(student, teacher, memory, posterior, filled, inverse_norm, log_total, ratio, above)
-        ctx.save_for_backward(*saved)
-        return membership_kl, prediction_kl
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, membership_grad: Tensor, prediction_grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = _Saved(*ctx.saved_tensors)
-        kappa_student, kappa_teacher, temperature, dtype, constants = ctx.settings
-        (batch, width), length, classes = saved.student.shape, len(saved.memory), saved.ratio.shape[1]
-        # `loss.mean()` hands down one value expanded over the rows.
-        upstream = membership_grad.contiguous(), prediction_grad.contiguous()
-
-        tile = TILES[architecture(saved.student.device)]["gradient"][dtype]
-        row_tiles, column_tiles = triton.cdiv(batch, tile.rows), triton.cdiv(width, tile.width)
-        splits = _splits(row_tiles * column_tiles, length, tile.items, saved.student.device)
-        partial = torch.empty(splits, batch, width, dtype=torch.float32, device=saved.student.device)
-        kernels.gradient_kernel[(row_tiles, column_tiles, splits)](
-            *saved, *upstream, partial,
-            batch, length, width, classes // constants["GROUP"], splits, kappa_student, kappa_teacher, temperature,
-            **tile.constants(), **tile.options(), **constants,
-        )  # fmt: skip
-        grad = torch.empty_like(saved.student)
+        query_gradient = _product(slope.T, memory, torch.float32)
+        result = torch.empty_like(student)
         kernels.embedding_gradient_kernel[(batch,)](
-            saved.student, saved.inverse_norm, *upstream, partial, grad,
-            batch, width, splits, kappa_student, temperature, BLOCK_W=triton.next_power_of_2(width),
+            student, grad, query_gradient, result, width, grad.stride(0), kappa_student, *weights,
+            BLOCK_D=triton.next_power_of_2(width),
         )  # fmt: skip
-        return grad, *[None] * 9
+        return result
 
 
-def _splits(tiles: int, length: int, block: int, device: torch.device) -> int:
-    """Into how many parts to cut the memory, so that `tiles` programs a part fill the device once."""
-    processors = 8  # the interpreter: several splits, so that tests add them
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(processors // tiles, triton.cdiv(length, block), MAX_SPLITS))
+fused_backward = library.custom_op("kdav_fast::fused_backward", launch_backward, mutates_args=())
+
+
+@fused_backward.register_fake
+def _fake_backward(grad: Tensor, student: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(student)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    student, _, _, memory, posterior, filled = inputs[:6]
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*_Saved(student, memory, posterior, filled, *output[3:]))
+    ctx.settings = Settings(*inputs[8:])
+
+
+def _backward(ctx: Any, loss_grad: Tensor | None, *others: None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (7 + len(Settings._fields))
+    if loss_grad is None:
+        return None, *nothing
+    settings: Settings = ctx.settings
+    kappas = settings.kappa_student, settings.kappa_teacher
+    weights = settings.temperature, settings.weight_membership, settings.weight_prediction
+    return fused_backward(loss_grad, *ctx.saved_tensors, *kappas, *weights), *nothing
+
+
+fused_forward.register_autograd(_backward, setup_context=_save)

@@ -1,20 +1,10 @@
 # ruff: noqa: N803, SIM300  (Triton writes compile-time constants in capitals)
-"""The Triton kernels of the objective. None of them writes a matrix of batch x memory length.
+"""The fused passes over similarities that a matrix product has written, and the small kernels around them.
 
-Work and bytes at batch 256, width d = 512, memory L = 16384, classes K = 1000, with g = 2 B L d FLOP (4.3 GFLOP):
-
-    membership   both similarities from one tile of U     2 g
-    classes      per tile of 512 classes: the student's similarities again, then their product with R;
-                 2 tiles: 2 g + 2 B L K = 2 g + 1.95 g
-    gradient     both similarities, r = ratio R^T (dense only), slopes @ U     2 g + 1.95 g + g
-
-A block of 64 rows has 64 x K fp32 class sums, 256 KB at K = 1000: as much as the whole register file of a
-multiprocessor. So classes are cut into tiles of 512 (half the file) and the student's similarities computed
-again for each tile, g more a tile. Writing them instead moves 4 B L bytes out and, for each tile, in again; that
-is 50 MB at these shapes, of the order of that g, and a workspace that grows with L. Class ids use the same
-product with a one-hot tile built in registers: no bytes of R are read, and no sum depends on the order in
-which rows of a class come in. Every kernel splits the memory over programs, as flash-decoding does, and writes
-fp32 partial sums; a second kernel adds these in a fixed order, so that two runs agree to the bit.
+Similarities (cosines: kappa is multiplied in where they are read) lie memory row by memory row, L x 2 rows: the
+student's batch, then the teacher's, each padded to `rows`, a multiple of 16, so that loads are of whole vectors. The
+rows of a class are then as cheap to read as neighbouring ones, and a class's mass is a sum of rows in a fixed order: no
+atomics, no one-hot product, no difference of running sums.
 """
 
 import triton
@@ -23,7 +13,7 @@ import triton.language as tl
 # Slopes are at most 2 T^2 before this factor, and float16 has its subnormal numbers from 6e-5 down.
 SLOPE_SCALE = tl.constexpr(4096.0)
 
-# The interpreter cuts bfloat16 off where a GPU rounds it to nearest, and its product takes it for integers.
+# The interpreter cuts bfloat16 off where a GPU rounds it to nearest.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -38,341 +28,289 @@ def _round(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _dot(a, b, total, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a @ b with operands rounded to DTYPE, summed in float32."""
-    a, b = _round(a, DTYPE), _round(b, DTYPE)
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision=PRECISION)
+def _inverse_norm(x):
+    """1 / max(|x|, 1e-12), as torch.nn.functional.normalize has it."""
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
 
 
 @triton.jit
-def _inverse_norm(embedding, row, batch, width, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
-    """1 / max(|x|, 1e-12) of each row, as torch.nn.functional.normalize has it."""
-    squares = tl.zeros([BLOCK_B], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        mask = (row < batch)[:, None] & (column < width)[None, :]
-        values = tl.load(embedding + row[:, None] * width + column[None, :], mask, 0.0).to(tl.float32)
-        squares += tl.sum(values * values, 1)
-    return 1.0 / tl.maximum(tl.sqrt(squares), 1e-12)
+def unit_kernel(student, teacher, unit, batch, rows, width, BLOCK_D: tl.constexpr):
+    """One row of unit, 2 rows x width: x / |x| of the student's rows, then of the teacher's; zeros for padding."""
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK_D)
+    place = row % rows
+    source = place.to(tl.int64) * width + column
+    mask = (column < width) & (place < batch)
+    if row < rows:
+        x = tl.load(student + source, mask, 0.0).to(tl.float32)
+    else:
+        x = tl.load(teacher + source, mask, 0.0).to(tl.float32)
+    x = _round(x * _inverse_norm(x), unit.dtype.element_ty)
+    tl.store(unit + row.to(tl.int64) * width + column, x, column < width)
 
 
 @triton.jit
-def _split_bounds(filled, length, split, splits, BLOCK_L: tl.constexpr):
-    """The used rows of the memory that this split covers: whole tiles, evenly dealt."""
-    rows = tl.minimum(tl.load(filled).to(tl.int32), length)
-    step = tl.cdiv(tl.cdiv(rows, BLOCK_L), splits) * BLOCK_L
-    return split * step, tl.minimum((split + 1) * step, rows)
+def _used_rows(filled, length, MASKED: tl.constexpr):
+    used = length
+    if MASKED:
+        used = tl.minimum(tl.load(filled).to(tl.int32), length)
+    return used
 
 
 @triton.jit
-def _similarity(
-    embedding, memory, row, item, batch, width, end,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+def maximum_kernel(
+    similarity, filled, maximum, length, rows, step,
+    MASKED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """<x, U_j>, BLOCK_B x BLOCK_L, of embeddings as given: the caller scales by kappa / |x|."""
-    result = tl.zeros([BLOCK_B, BLOCK_L], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        mask = (row < batch)[:, None] & (column < width)[None, :]
-        x = tl.load(embedding + row[:, None] * width + column[None, :], mask, 0.0)
-        mask = (column < width)[:, None] & (item < end)[None, :]
-        u = tl.load(memory + item.to(tl.int64)[None, :] * width + column[:, None], mask, 0.0)
-        result = _dot(x, u, result, DTYPE, PRECISION)
-    return result
+    """maximum[part, column]: the largest cosine of `step` rows of the memory."""
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = column < 2 * rows
+    end = tl.minimum((part + 1) * step, _used_rows(filled, length, MASKED))
+    best = tl.full([BLOCK_L, BLOCK_B], float("-inf"), tl.float32)
+    for start in range(part * step, end, BLOCK_L):
+        item = start + tl.arange(0, BLOCK_L)
+        offset = item.to(tl.int64)[:, None] * (2 * rows) + column[None, :]
+        s = tl.load(similarity + offset, (item < end)[:, None] & mask[None, :], float("-inf"))
+        best = tl.maximum(best, s.to(tl.float32))
+    tl.store(maximum + part * (2 * rows) + column, tl.max(best, 0), mask)
 
 
 @triton.jit
-def _both_similarities(
-    student, teacher, memory, row, item, batch, width, end,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+def _ceiling(
+    kappa, maximum, column, mask, rows, parts,
+    BOUNDED: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """`_similarity` of student and teacher, which share each tile of U."""
-    s = tl.zeros([BLOCK_B, BLOCK_L], tl.float32)
-    t = tl.zeros([BLOCK_B, BLOCK_L], tl.float32)
-    for start in range(0, width, BLOCK_D):
-        column = start + tl.arange(0, BLOCK_D)
-        mask = (row < batch)[:, None] & (column < width)[None, :]
-        offset = row[:, None] * width + column[None, :]
-        x = tl.load(student + offset, mask, 0.0)
-        y = tl.load(teacher + offset, mask, 0.0)
-        mask = (column < width)[:, None] & (item < end)[None, :]
-        u = tl.load(memory + item.to(tl.int64)[None, :] * width + column[:, None], mask, 0.0)
-        s = _dot(x, u, s, DTYPE, PRECISION)
-        t = _dot(y, u, t, DTYPE, PRECISION)
-    return s, t
+    """What is taken off s = kappa cos before exp: kappa itself, or the largest s of each of these columns."""
+    if BOUNDED:
+        return tl.zeros([BLOCK_B], tl.float32) + kappa
+    part = tl.arange(0, BLOCK_P)
+    offset = part[:, None] * (2 * rows) + column[None, :]
+    best = tl.load(maximum + offset, (part < parts)[:, None] & mask[None, :], float("-inf"))
+    return kappa * tl.max(best, 0)
 
 
 @triton.jit
 def membership_kernel(
-    student, teacher, memory, filled, partial, inverse_norm,
-    batch, length, width, splits, kappa_student, kappa_teacher,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
-    DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    similarity, maximum, filled, order, starts, partial, weights,
+    length, rows, parts, step, maximum_parts, kappa_student, kappa_teacher,
+    IDS: tl.constexpr, BOUNDED: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Softmax statistics of one split, for a tile of rows.
+    """Both softmaxes' sums over a part of the memory: with class ids one of `step` pieces of a class, else `step` rows.
 
-    Writes partial[0..4, split, row]: the student's maximum and sum, the teacher's maximum and sum, and
-    sum exp(t - m_t) (t - s); and inverse_norm[0..1, row] for the backward pass.
+    partial[0..2, part, row] are sum p', sum q' and sum q' (t - s), with p' = exp(s - its ceiling) and q' that of the
+    teacher. Dense: weights[item, row] = p' as the product with R takes it, and partial[3] is their sum, so that the
+    class probabilities add up to 1.
     """
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    split = tl.program_id(1)
-    student_norm = _inverse_norm(student, row, batch, width, BLOCK_B, BLOCK_D)
-    teacher_norm = _inverse_norm(teacher, row, batch, width, BLOCK_B, BLOCK_D)
-    if split == 0:
-        tl.store(inverse_norm + row, student_norm, row < batch)
-        tl.store(inverse_norm + batch + row, teacher_norm, row < batch)
+    part = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = column < rows
+    student_top = _ceiling(
+        kappa_student, maximum, column, mask, rows, maximum_parts, BOUNDED, BLOCK_P, BLOCK_B
+    )
+    teacher_top = _ceiling(
+        kappa_teacher, maximum + rows, column, mask, rows, maximum_parts, BOUNDED, BLOCK_P, BLOCK_B
+    )
+    used_rows = _used_rows(filled, length, MASKED)
+    if IDS:
+        first = tl.load(starts + part // step).to(tl.int32)
+        last = tl.load(starts + part // step + 1).to(tl.int32)
+        piece = tl.cdiv(last - first, step)
+        begin = first + part % step * piece
+        end = tl.minimum(begin + piece, last)
+    else:
+        begin = part * step
+        end = tl.minimum(begin + step, length)
 
-    student_max = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    teacher_max = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    student_sum = tl.zeros([BLOCK_B], tl.float32)
-    teacher_sum = tl.zeros([BLOCK_B], tl.float32)
-    cross = tl.zeros([BLOCK_B], tl.float32)
-    begin, end = _split_bounds(filled, length, split, splits, BLOCK_L)
+    student_sum = tl.zeros([BLOCK_L, BLOCK_B], tl.float32)
+    teacher_sum = tl.zeros([BLOCK_L, BLOCK_B], tl.float32)
+    cross = tl.zeros([BLOCK_L, BLOCK_B], tl.float32)
+    class_sum = tl.zeros([BLOCK_L, BLOCK_B], tl.float32)
     for start in range(begin, end, BLOCK_L):
-        item = start + tl.arange(0, BLOCK_L)
-        used = (item < end)[None, :]
-        s, t = _both_similarities(
-            student, teacher, memory, row, item, batch, width, end,
-            BLOCK_B, BLOCK_L, BLOCK_D, DTYPE, PRECISION,
-        )  # fmt: skip
-        s = s * (student_norm * kappa_student)[:, None]
-        t = t * (teacher_norm * kappa_teacher)[:, None]
-        difference = t - s
-        s = tl.where(used, s, float("-inf"))
-        t = tl.where(used, t, float("-inf"))
-        new_max = tl.maximum(student_max, tl.max(s, 1))
-        student_sum = student_sum * tl.exp(student_max - new_max) + tl.sum(tl.exp(s - new_max[:, None]), 1)
-        student_max = new_max
-        new_max = tl.maximum(teacher_max, tl.max(t, 1))
-        shrink = tl.exp(teacher_max - new_max)
-        weight = tl.exp(t - new_max[:, None])
-        teacher_sum = teacher_sum * shrink + tl.sum(weight, 1)
-        cross = cross * shrink + tl.sum(weight * difference, 1)
-        teacher_max = new_max
+        place = start + tl.arange(0, BLOCK_L)
+        inside = place < end
+        item = place
+        if IDS:
+            item = tl.load(order + place, inside, 0).to(tl.int32)
+        used = (inside & (item < used_rows))[:, None] & mask[None, :]
+        offset = item.to(tl.int64)[:, None] * (2 * rows) + column[None, :]
+        s = tl.load(similarity + offset, used, 0.0).to(tl.float32) * kappa_student
+        t = tl.load(similarity + rows + offset, used, 0.0).to(tl.float32) * kappa_teacher
+        p = tl.where(used, tl.exp(s - student_top[None, :]), 0.0)
+        q = tl.where(used, tl.exp(t - teacher_top[None, :]), 0.0)
+        student_sum += p
+        teacher_sum += q
+        cross += q * (t - s)
+        if not IDS:
+            weight = _round(p, weights.dtype.element_ty)
+            class_sum += weight.to(tl.float32)
+            target = weights + item.to(tl.int64)[:, None] * rows + column[None, :]
+            tl.store(target, weight, inside[:, None] & mask[None, :])
 
-    output = partial + split * batch + row
-    tl.store(output, student_max, row < batch)
-    tl.store(output + splits * batch, student_sum, row < batch)
-    tl.store(output + 2 * splits * batch, teacher_max, row < batch)
-    tl.store(output + 3 * splits * batch, teacher_sum, row < batch)
-    tl.store(output + 4 * splits * batch, cross, row < batch)
+    output = partial + column
+    tl.store(output + part.to(tl.int64) * rows, tl.sum(student_sum, 0), mask)
+    tl.store(output + (part + parts).to(tl.int64) * rows, tl.sum(teacher_sum, 0), mask)
+    tl.store(output + (part + 2 * parts).to(tl.int64) * rows, tl.sum(cross, 0), mask)
+    if not IDS:
+        tl.store(output + (part + 3 * parts).to(tl.int64) * rows, tl.sum(class_sum, 0), mask)
 
 
 @triton.jit
-def class_kernel(
-    student, memory, posterior, filled, partial, statistics,
-    batch, length, width, class_groups, splits, kappa_student,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    GROUP: tl.constexpr, DENSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS_DTYPE: tl.constexpr, CLASS_PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Class masses of one split, for a tile of rows and a tile of classes.
-
-    Writes partial[split, row, class] = sum_j w_j R_j(class), with w_j = exp(s_j - m) as rounded for the
-    product, and statistics[0..1, split, row] = m and sum_j w_j, so that classes share no rounding.
-    """
-    classes = class_groups * GROUP
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    class_id = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split = tl.program_id(2)
-    scale = kappa_student * _inverse_norm(student, row, batch, width, BLOCK_B, BLOCK_D)
-    maximum = tl.full([BLOCK_B], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_B], tl.float32)
-    mass = tl.zeros([BLOCK_B, BLOCK_K], tl.float32)
-    begin, end = _split_bounds(filled, length, split, splits, BLOCK_L)
-    for start in range(begin, end, BLOCK_L):
-        item = start + tl.arange(0, BLOCK_L)
-        used = item < end
-        s = _similarity(
-            student, memory, row, item, batch, width, end, BLOCK_B, BLOCK_L, BLOCK_D, DTYPE, PRECISION
-        )
-        s = tl.where(used[None, :], s * scale[:, None], float("-inf"))
-        new_max = tl.maximum(maximum, tl.max(s, 1))
-        weight = _round(tl.exp(s - new_max[:, None]), CLASS_DTYPE)
-        if DENSE:
-            offset = item.to(tl.int64)[:, None] * classes + class_id[None, :]
-            r = tl.load(posterior + offset, used[:, None] & (class_id < classes)[None, :], 0.0)
-        else:
-            r = tl.where(tl.load(posterior + item, used, -1)[:, None] == class_id[None, :], 1.0, 0.0)
-        shrink = tl.exp(maximum - new_max)
-        total = total * shrink + tl.sum(weight.to(tl.float32), 1)
-        mass = mass * shrink[:, None]
-        mass = _dot(weight, r, mass, CLASS_DTYPE, CLASS_PRECISION)
-        maximum = new_max
-
-    if tl.program_id(1) == 0:
-        tl.store(statistics + split * batch + row, maximum, row < batch)
-        tl.store(statistics + (splits + split) * batch + row, total, row < batch)
-    output = partial + (split * batch + row).to(tl.int64)[:, None] * classes + class_id[None, :]
-    tl.store(output, mass, (row < batch)[:, None] & (class_id < classes)[None, :])
+def _sum_of_parts(
+    partial, plane: tl.constexpr, row, mask, rows, parts, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """partial[plane, 0..parts, row] added up, always in the same order."""
+    total = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
+    for start in range(0, parts, BLOCK_K):
+        part = start + tl.arange(0, BLOCK_K)
+        offset = (part + plane * parts).to(tl.int64)[:, None] * rows + row[None, :]
+        total += tl.load(partial + offset, (part < parts)[:, None] & mask[None, :], 0.0)
+    return tl.sum(total, 0)
 
 
 @triton.jit
 def divergence_kernel(
-    logits, partial, class_partial, class_statistics, membership_kl, prediction_kl, log_total, ratio, above,
-    batch, classes, splits, class_splits, temperature, eps,
-    BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    logits, maximum, partial, mass, loss, membership_kl, prediction_kl, log_total, ratio, shift, above,
+    batch, rows, classes, parts, pieces, maximum_parts, kappa_student, kappa_teacher,
+    temperature, eps, weight_membership, weight_prediction,
+    IDS: tl.constexpr, BOUNDED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of one row, in order, and forms both divergences and what the backward pass needs.
+    """Both divergences of a few rows, their weighted sum, and what the backward pass needs.
 
-    log_total[0..1, row] are student's and teacher's log sum exp; ratio[row, y] = q(y) / p(y) and above[row] =
-    sum p(y) ratio(y), both over the classes with p(y) >= eps, since the floor draws no gradient. The sum is of
-    ratios as they are stored: rounded to bfloat16 or not, the slopes of a row add up to 0.
+    mass[class * pieces + 0.., row] is the unnormalised class probability. log_total[0..1, row] are student's and
+    teacher's log sum exp; ratio[class, row] = q(y) / p(y) and above[row] = sum p(y) ratio(y), both over the classes
+    with p(y) >= eps, since the floor draws no gradient. The sum is of ratios as they are stored: rounded to bfloat16
+    or not, the slopes of a row add up to 0. Dense: the product that gives r_j adds shift[row] = -above[row] before it
+    rounds, so that what it rounds is small where slopes are, and above[row] is what shift, rounded itself, leaves.
     """
-    row = tl.program_id(0)
-    split = tl.arange(0, BLOCK_S)
-    source = partial + split * batch + row
-    plane = splits * batch
-    used = split < splits
-    student_max = tl.load(source, used, float("-inf"))
-    student_sum = tl.load(source + plane, used, 0.0)
-    teacher_max = tl.load(source + 2 * plane, used, float("-inf"))
-    teacher_sum = tl.load(source + 3 * plane, used, 0.0)
-    cross = tl.load(source + 4 * plane, used, 0.0)
-    maximum = tl.max(student_max, 0)
-    student_total = maximum + tl.log(tl.sum(student_sum * tl.exp(student_max - maximum), 0))
-    maximum = tl.max(teacher_max, 0)
-    shrink = tl.exp(teacher_max - maximum)
-    teacher_mass = tl.sum(teacher_sum * shrink, 0)
-    teacher_total = maximum + tl.log(teacher_mass)
-    membership = tl.sum(cross * shrink, 0) / teacher_mass - teacher_total + student_total
-    tl.store(membership_kl + row, membership)
-    tl.store(log_total + row, student_total)
-    tl.store(log_total + batch + row, teacher_total)
+    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
+    inside = row < rows
+    given = row < batch
+    student_sum = _sum_of_parts(partial, 0, row, inside, rows, parts, BLOCK_K, BLOCK_B)
+    teacher_sum = _sum_of_parts(partial, 1, row, inside, rows, parts, BLOCK_K, BLOCK_B)
+    cross = _sum_of_parts(partial, 2, row, inside, rows, parts, BLOCK_K, BLOCK_B)
+    class_total = student_sum
+    if not IDS:
+        class_total = _sum_of_parts(partial, 3, row, inside, rows, parts, BLOCK_K, BLOCK_B)
+    student_total = tl.log(student_sum) + _ceiling(
+        kappa_student, maximum, row, inside, rows, maximum_parts, BOUNDED, BLOCK_P, BLOCK_B
+    )
+    teacher_total = tl.log(teacher_sum) + _ceiling(
+        kappa_teacher, maximum + rows, row, inside, rows, maximum_parts, BOUNDED, BLOCK_P, BLOCK_B
+    )
+    membership = cross / teacher_sum - teacher_total + student_total
+    tl.store(log_total + row, student_total, inside)
+    tl.store(log_total + rows + row, teacher_total, inside)
 
-    source = class_statistics + split * batch + row
-    class_max = tl.load(source, split < class_splits, float("-inf"))
-    class_sum = tl.load(source + class_splits * batch, split < class_splits, 0.0)
-    maximum = tl.max(class_max, 0)
-    class_total = maximum + tl.log(tl.sum(class_sum * tl.exp(class_max - maximum), 0))
-
-    best = tl.full([BLOCK_K], float("-inf"), tl.float32)
+    source = logits + row.to(tl.int64)[None, :] * classes
+    best = tl.full([BLOCK_K, BLOCK_B], float("-inf"), tl.float32)
     for start in range(0, classes, BLOCK_K):
-        class_id = start + tl.arange(0, BLOCK_K)
-        g = tl.load(logits + row * classes + class_id, class_id < classes, float("-inf")).to(tl.float32)
+        class_id = start + tl.arange(0, BLOCK_K)[:, None]
+        g = tl.load(source + class_id, (class_id < classes) & given[None, :], float("-inf")).to(tl.float32)
         best = tl.maximum(best, g)
-    best_logit = tl.max(best, 0)
-    total = tl.zeros([BLOCK_K], tl.float32)
+    # A row of padding has no logits: 0 keeps its sums finite.
+    best_logit = tl.where(given, tl.max(best, 0), 0.0)
+    total = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
     for start in range(0, classes, BLOCK_K):
-        class_id = start + tl.arange(0, BLOCK_K)
-        g = tl.load(logits + row * classes + class_id, class_id < classes, float("-inf")).to(tl.float32)
-        total += tl.exp((g - best_logit) / temperature)
-    logit_total = tl.sum(total, 0)
+        class_id = start + tl.arange(0, BLOCK_K)[:, None]
+        g = tl.load(source + class_id, (class_id < classes) & given[None, :], float("-inf")).to(tl.float32)
+        total += tl.exp((g - best_logit[None, :]) / temperature)
+    logit_total = tl.where(given, tl.sum(total, 0), 1.0)
 
-    prediction = tl.zeros([BLOCK_K], tl.float32)
-    above_sum = tl.zeros([BLOCK_K], tl.float32)
+    prediction = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
+    above_sum = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
     for start in range(0, classes, BLOCK_K):
-        class_id = start + tl.arange(0, BLOCK_K)
-        mask = class_id < classes
-        g = tl.load(logits + row * classes + class_id, mask, float("-inf")).to(tl.float32)
-        q = tl.exp((g - best_logit) / temperature) / logit_total
-        p = tl.zeros([BLOCK_K], tl.float32)
-        for index in range(class_splits):
-            part = (index * batch + row).to(tl.int64) * classes
-            scale = tl.exp(tl.load(class_statistics + index * batch + row) - class_total)
-            p += scale * tl.load(class_partial + part + class_id, mask, 0.0)
+        class_id = start + tl.arange(0, BLOCK_K)[:, None]
+        mask = (class_id < classes) & inside[None, :]
+        g = tl.load(source + class_id, (class_id < classes) & given[None, :], float("-inf")).to(tl.float32)
+        q = tl.exp((g - best_logit[None, :]) / temperature) / logit_total[None, :]
+        p = tl.zeros([BLOCK_K, BLOCK_B], tl.float32)
+        for piece in range(pieces):
+            offset = (class_id * pieces + piece).to(tl.int64) * rows + row[None, :]
+            p += tl.load(mass + offset, mask, 0.0)
+        p = p / class_total[None, :]
         floored = tl.where(p < eps, eps, p)  # as torch.clamp: NaN stays NaN
         log_q = tl.where(q == 0, 0.0, tl.log(tl.where(q == 0, 1.0, q)))
         prediction += tl.where(mask, q * (log_q - tl.log(floored)), 0.0)
         weight = _round(tl.where(p >= eps, q, 0.0) / floored, ratio.dtype.element_ty)
-        tl.store(ratio + row * classes + class_id, weight, mask)
+        tl.store(ratio + class_id.to(tl.int64) * rows + row[None, :], weight, mask)
         above_sum += p * weight.to(tl.float32)
-    tl.store(prediction_kl + row, temperature * temperature * tl.sum(prediction, 0))
-    tl.store(above + row, tl.sum(above_sum, 0))
+    divergence = temperature * temperature * tl.sum(prediction, 0)
+    total_above = tl.sum(above_sum, 0)
+    if not IDS:
+        rounded = _round(-total_above, shift.dtype.element_ty)
+        tl.store(shift + row, rounded, inside)
+        total_above += rounded.to(tl.float32)
+    tl.store(above + row, total_above, inside)
+    tl.store(membership_kl + row, membership, given)
+    tl.store(prediction_kl + row, divergence, given)
+    tl.store(loss + row, weight_membership * membership + weight_prediction * divergence, given)
 
 
 @triton.jit
-def _upstream(membership_grad, prediction_grad, temperature, row, mask):
-    """Upstream gradients of the row brought to a common size, T^2 included, and that size."""
-    a = tl.load(membership_grad + row, mask, 0.0)
-    b = tl.load(prediction_grad + row, mask, 0.0) * temperature * temperature
+def _upstream(grad, stride, weight_membership, weight_prediction, temperature, row, mask):
+    """Upstream gradients of both terms brought to a common size, T^2 included, and that size."""
+    g = tl.load(grad + row * stride, mask, 0.0)
+    a = g * weight_membership
+    b = g * weight_prediction * temperature * temperature
     size = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), 1e-30)
     return a / size, b / size, size
 
 
 @triton.jit
-def gradient_kernel(
-    student, teacher, memory, posterior, filled, inverse_norm, log_total, ratio, above,
-    membership_grad, prediction_grad, partial,
-    batch, length, width, class_groups, splits, kappa_student, kappa_teacher, temperature,
-    BLOCK_B: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_W: tl.constexpr, GROUP: tl.constexpr, DENSE: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    CLASS_DTYPE: tl.constexpr, CLASS_PRECISION: tl.constexpr,
+def similarity_gradient_kernel(
+    similarity, filled, posterior, share, log_total, above, grad, slope,
+    batch, length, rows, classes, grad_stride, kappa_student, kappa_teacher,
+    temperature, weight_membership, weight_prediction,
+    IDS: tl.constexpr, MASKED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """sum_j slope_j U_j of one split, for a tile of rows and BLOCK_W columns of the embedding.
+    """slope[item, row] = d loss / d s (DESIGN section 2), times SLOPE_SCALE over the row's upstream size.
 
-    slope is d loss / d s of DESIGN section 2, times SLOPE_SCALE over the row's upstream size.
-    Writes partial[split, row, column].
+    share[.., row] is r = sum_y ratio(y) R(y), shifted, of each item, or with class ids the ratio of its class.
     """
-    classes = class_groups * GROUP
-    row = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    output_column = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    split = tl.program_id(2)
-    mask_b = row < batch
-    student_scale = kappa_student * tl.load(inverse_norm + row, mask_b, 0.0)
-    teacher_scale = kappa_teacher * tl.load(inverse_norm + batch + row, mask_b, 0.0)
-    # Rows beyond the batch would have exp(0 - 0) = 1 for a probability; they are not stored.
-    student_total = tl.load(log_total + row, mask_b, 0.0)
-    teacher_total = tl.load(log_total + batch + row, mask_b, 0.0)
-    a, b, _ = _upstream(membership_grad, prediction_grad, temperature, row, mask_b)
+    item = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
+    column = tl.program_id(1) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask = column < rows
+    a, b, _ = _upstream(
+        grad, grad_stride, weight_membership, weight_prediction, temperature, column, column < batch
+    )
     a, b = a * SLOPE_SCALE, b * SLOPE_SCALE
-    offset = a + b * tl.load(above + row, mask_b, 0.0)
-    grad = tl.zeros([BLOCK_B, BLOCK_W], tl.float32)
-    begin, end = _split_bounds(filled, length, split, splits, BLOCK_L)
-    for start in range(begin, end, BLOCK_L):
-        item = start + tl.arange(0, BLOCK_L)
-        used = item < end
-        if DENSE:
-            r = tl.zeros([BLOCK_B, BLOCK_L], tl.float32)
-            for first in range(0, classes, BLOCK_K):
-                class_id = first + tl.arange(0, BLOCK_K)
-                mask_k = class_id < classes
-                w = tl.load(
-                    ratio + row[:, None] * classes + class_id[None, :], mask_b[:, None] & mask_k[None, :], 0.0
-                )
-                place = item.to(tl.int64)[None, :] * classes + class_id[:, None]
-                rows = tl.load(posterior + place, used[None, :] & mask_k[:, None], 0.0)
-                r = _dot(w, rows, r, CLASS_DTYPE, CLASS_PRECISION)
-        else:
-            class_id = tl.load(posterior + item, used, -1)
-            known = (class_id >= 0) & (class_id < classes)
-            place = ratio + row[:, None] * classes + class_id[None, :]
-            r = tl.load(place, mask_b[:, None] & known[None, :], 0.0)
-        s, t = _both_similarities(
-            student, teacher, memory, row, item, batch, width, end,
-            BLOCK_B, BLOCK_L, BLOCK_D, DTYPE, PRECISION,
-        )  # fmt: skip
-        p = tl.exp(s * student_scale[:, None] - student_total[:, None])
-        q = tl.exp(t * teacher_scale[:, None] - teacher_total[:, None])
-        slope = p * (offset[:, None] - b[:, None] * r) - a[:, None] * q
-        slope = tl.where(used[None, :], slope, 0.0)
-        mask = used[:, None] & (output_column < width)[None, :]
-        u = tl.load(memory + item.to(tl.int64)[:, None] * width + output_column[None, :], mask, 0.0)
-        grad = _dot(slope, u, grad, DTYPE, PRECISION)
-    output = partial + (split * batch + row).to(tl.int64)[:, None] * width + output_column[None, :]
-    tl.store(output, grad, mask_b[:, None] & (output_column < width)[None, :])
+    offset = a + b * tl.load(above + column, mask, 0.0)
+    used = item < _used_rows(filled, length, MASKED)
+    source = item
+    if IDS:
+        source = tl.load(posterior + item, used, -1).to(tl.int32)
+        used = used & (source >= 0) & (source < classes)
+    both = used[:, None] & mask[None, :]
+    r = tl.load(share + source.to(tl.int64)[:, None] * rows + column[None, :], both, 0.0).to(tl.float32)
+    place = item.to(tl.int64)[:, None] * (2 * rows) + column[None, :]
+    s = tl.load(similarity + place, both, 0.0).to(tl.float32) * kappa_student
+    t = tl.load(similarity + rows + place, both, 0.0).to(tl.float32) * kappa_teacher
+    p = tl.exp(s - tl.load(log_total + column, mask, 0.0)[None, :])
+    q = tl.exp(t - tl.load(log_total + rows + column, mask, 0.0)[None, :])
+    value = tl.where(both, p * (offset[None, :] - b[None, :] * r) - a[None, :] * q, 0.0)
+    target = slope + item.to(tl.int64)[:, None] * rows + column[None, :]
+    tl.store(target, _round(value, slope.dtype.element_ty), (item < length)[:, None] & mask[None, :])
 
 
 @triton.jit
 def embedding_gradient_kernel(
-    student, inverse_norm, membership_grad, prediction_grad, partial, grad,
-    batch, width, splits, kappa_student, temperature,
-    BLOCK_W: tl.constexpr,
+    student, grad, query_gradient, result,
+    width, grad_stride, kappa_student, temperature, weight_membership, weight_prediction,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds the splits of one row, in order, and takes the gradient back through the normalisation."""
+    """Takes one row of the gradient, sum_j slope_j U_j, back through kappa, the normalisation and the common size."""
     row = tl.program_id(0)
-    column = tl.arange(0, BLOCK_W)
+    column = tl.arange(0, BLOCK_D)
     mask = column < width
-    total = tl.zeros([BLOCK_W], tl.float32)
-    for split in range(splits):
-        total += tl.load(partial + (split * batch + row).to(tl.int64) * width + column, mask, 0.0)
-    _, _, size = _upstream(membership_grad, prediction_grad, temperature, row, row < batch)
-    norm = tl.load(inverse_norm + row)
-    unit = tl.load(student + row * width + column, mask, 0.0).to(tl.float32) * norm
-    total = total * (kappa_student * size / SLOPE_SCALE)
-    total = (total - unit * tl.sum(unit * total, 0)) * norm
-    tl.store(grad + row * width + column, _round(total, grad.dtype.element_ty), mask)
+    place = row.to(tl.int64) * width + column
+    x = tl.load(student + place, mask, 0.0).to(tl.float32)
+    total = tl.load(query_gradient + place, mask, 0.0)
+    _, _, size = _upstream(
+        grad, grad_stride, weight_membership, weight_prediction, temperature, row, row >= 0
+    )
+    norm = _inverse_norm(x)
+    unit = x * norm
+    total = (total - unit * tl.sum(unit * total, 0)) * (norm * (kappa_student * size / SLOPE_SCALE))
+    tl.store(result + place, _round(total, result.dtype.element_ty), mask)
