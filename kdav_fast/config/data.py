@@ -19,6 +19,8 @@ from kdav_fast.config.section import (
 
 DOWNLOADABLE = ("cifar10", "cifar100", "stl10")
 """Published archives that `data.download` can fetch."""
+OF_GPU_DECODER = ("hw_decoder_load", "fancy_upsampling")
+"""Keys that mean something only where images are decoded on a GPU."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow refuses to open larger images as decompression bombs."""
 Strengths = Annotated[
@@ -53,9 +55,12 @@ class DataConfig(Section):
     loader: Literal["dali", "torchvision"] = "dali"
     decode: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes. `auto`: on the GPU if there is one."""
-    hw_decoder_load: OfMachine[Fraction] = 0.9
-    """Share of a batch's JPEGs that goes to the GPU's hardware decoder, where it has one; the rest is decoded by
-    its multiprocessors."""
+    hw_decoder_load: OfMachine[Fraction | None] = None
+    """Decoding on a GPU: the share of a batch's JPEGs that goes to its hardware decoder, where it has one; the rest is
+    decoded by its multiprocessors. Default: DALI's (0.65)."""
+    fancy_upsampling: bool | None = None
+    """Decoding on a GPU: interpolate a JPEG's colours between their pixels, as decoders on a CPU do. `false` repeats
+    them, which takes less time and gives other pixels. Default: true."""
     resident: bool = False
     """Decode every image once, keep it as `image_size` x `image_size` bytes in the memory of the device, and augment
     from there. Crops are then taken from that square. For sets that fit, in each process."""
@@ -107,6 +112,11 @@ class DataConfig(Section):
                 f"data.download does not go with data.name '{self.name}'; only {', '.join(DOWNLOADABLE)} can be "
                 "downloaded"
             )
+        for key in OF_GPU_DECODER:
+            if getattr(self, key) is not None and self.name in DOWNLOADABLE:
+                raise ValueError(
+                    f"data.{key} is of JPEG files, but those of data.name '{self.name}' are none; drop it"
+                )
         if self.val_labels is not None and self.name != "folder":
             raise ValueError(f"data.val_labels goes with data.name 'folder', not '{self.name}'; drop it")
         return self

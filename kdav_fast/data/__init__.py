@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kdav_fast.config import DataConfig
+from kdav_fast.config.data import OF_GPU_DECODER
 from kdav_fast.data.checks.scan import check_images
 from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.sources import Splits, open_evaluation_images, open_images
@@ -186,6 +187,15 @@ def _loader_class(config: DataConfig, device: torch.device) -> type[EpochLoader]
         raise InputError(
             f"data.decode is 'gpu' but the device is '{device.type}'; set data.decode=cpu or device=cuda"
         )
+    decode = "cpu"
+    if config.loader == "dali" and device.type == "cuda" and config.decode != "cpu":
+        decode = "gpu"
+    for key in OF_GPU_DECODER:
+        if (given := getattr(config, key)) is not None and decode == "cpu":
+            raise InputError(
+                f"data.{key} is {given} but images are decoded on the CPU; set data.{key}=null, or decode on a GPU "
+                "(device=cuda, data.loader=dali, data.decode=gpu)"
+            )
     if config.loader == "torchvision":
         if config.decode == "gpu":
             raise InputError(
@@ -201,5 +211,9 @@ def _loader_class(config: DataConfig, device: torch.device) -> type[EpochLoader]
             f"data.loader is 'dali' but the package nvidia-dali-cuda130 cannot be imported ({error}); install it "
             "or set data.loader=torchvision"
         ) from None
-    decode = "gpu" if device.type == "cuda" and config.decode != "cpu" else "cpu"
-    return partial(DaliLoader, decode=decode, hw_decoder_load=config.hw_decoder_load)
+    return partial(
+        DaliLoader,
+        decode=decode,
+        hw_decoder_load=config.hw_decoder_load,
+        fancy_upsampling=config.fancy_upsampling is not False,
+    )

@@ -28,6 +28,7 @@ from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import Preprocessing, crop_of_square, square_crop
 from kdav_fast.data.read_ahead import ReaderLostError, read_ahead
+from kdav_fast.data.resident import picked_rows
 from kdav_fast.errors import InputError
 
 # Batches in the pipeline's queue, and those whose files are read before it asks for them.
@@ -45,16 +46,24 @@ class DaliLoader(EpochLoader):
 
     Args:
         decode: where.
-        hw_decoder_load: share of the JPEGs for the hardware decoder, 0..1; only for `gpu`.
+        hw_decoder_load: share of the JPEGs for the hardware decoder, 0..1, or None for DALI's default; only for `gpu`.
+        fancy_upsampling: interpolate colours between their pixels, as decoders on a CPU do; only for `gpu`.
     """
 
     name = "dali"
 
     def __init__(
-        self, *args: Any, decode: Literal["cpu", "gpu"] = "cpu", hw_decoder_load: float = 0.9, **kwargs: Any
+        self,
+        *args: Any,
+        decode: Literal["cpu", "gpu"] = "cpu",
+        hw_decoder_load: float | None = None,
+        fancy_upsampling: bool = True,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._hw_decoder_load = hw_decoder_load
+        self._of_gpu: dict[str, float | bool] = {"jpeg_fancy_upsampling": fancy_upsampling}
+        if hw_decoder_load is not None:
+            self._of_gpu["hw_decoder_load"] = hw_decoder_load
         encoded = isinstance(self.images, EncodedImages)
         self._decode = decode if encoded else None
         self._pipeline: Pipeline | None = None
@@ -123,7 +132,7 @@ class DaliLoader(EpochLoader):
                     self.preprocessing,
                     self._decode,
                     None if self._decode else self.images.pixels,
-                    self._hw_decoder_load,
+                    self._of_gpu,
                     self.device.type == "cuda",
                     batch_size=self._epochs.rows,
                     num_threads=self.workers,
@@ -160,9 +169,7 @@ class DaliLoader(EpochLoader):
                 checkpoint=self._decoder_checkpoint,
             )
             return self._decoder
-        # On the CPU by NumPy: torch takes ten times as long to pick rows of bytes.
-        pixels = self.images.pixels if self.images.pixels.is_cuda else self.images.pixels.numpy()
-        return (pixels[batch] for batch in batches)
+        return picked_rows(self.images.pixels, batches)
 
     def _random_seed(self, use: int) -> int:
         """Ranks share the order of images but not the augmentation."""
@@ -194,13 +201,13 @@ def _pipeline(
     preprocessing: Preprocessing,
     decode: Literal["cpu", "gpu"] | None,
     pixels: torch.Tensor | None,
-    hw_decoder_load: float,
+    of_gpu: dict[str, float | bool],
     on_gpu: bool,
 ) -> DataNode:
     crop, size = preprocessing.crop, preprocessing.size
     if decode == "gpu":
         encoded = fn.external_source(source, ndim=1, dtype=types.UINT8, no_copy=True)
-        square = decode_and_crop(encoded, crop, size, "mixed", hw_decoder_load)
+        square = decode_and_crop(encoded, crop, size, "mixed", **of_gpu)
     elif decode == "cpu":
         square = fn.external_source(source, layout="HWC", dtype=types.UINT8, no_copy=True)
         square = crop_pixels(square, crop_of_square(crop, size), size, same_size=True)

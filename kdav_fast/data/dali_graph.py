@@ -43,16 +43,13 @@ def as_source(batches: Iterator, queue: int) -> Source:
 
 
 def decode_and_crop(
-    encoded: DataNode, crop: Crop, size: int, device: Literal["cpu", "mixed"], hw_decoder_load: float
+    encoded: DataNode, crop: Crop, size: int, device: Literal["cpu", "mixed"], **of_gpu: float | bool
 ) -> DataNode:
     """From file bytes to S x S x 3 bytes. EXIF rotation is ignored, as by torchvision and with published weights.
 
-    Meant for the GPU ("mixed"): on a CPU, `CpuDecoder` is faster.
+    Meant for the GPU ("mixed"): on a CPU, `CpuDecoder` is faster. What is said of the GPU's decoder goes to it.
     """
-    options = {"device": device, "output_type": types.RGB, "adjust_orientation": False}
-    if device == "mixed":
-        # Fancy upsampling is what CPU decoders do.
-        options |= {"jpeg_fancy_upsampling": True, "hw_decoder_load": hw_decoder_load}
+    options = {"device": device, "output_type": types.RGB, "adjust_orientation": False, **of_gpu}
     if isinstance(crop, RandomResizedCrop):
         part = fn.decoders.image_random_crop(
             encoded, random_area=crop.area, random_aspect_ratio=crop.aspect_ratio, **options

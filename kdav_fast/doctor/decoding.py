@@ -2,11 +2,13 @@
 
 import importlib
 
-from kdav_fast.doctor.probing import INSTALL, Answer, Off, capability
+from kdav_fast.doctor.probing import INSTALL, Answer, Off, capability, version_of
 from kdav_fast.errors import one_line
 
 # NVIDIA's nvJPEG documentation: A100 and A30, Hopper and data-centre Blackwell have the decoder.
 WITH_JPEG_DECODER = {(8, 0), (9, 0), (10, 0), (10, 3)}
+# As nvImageCodec's warning has it.
+REGIONS_WITH_FANCY_UPSAMPLING = (13, 2)
 # An 8 x 8 grey JPEG: small, and it takes the whole decoding path.
 TINY_JPEG = bytes.fromhex(
     f"ffd8ffdb004300{'ff' * 64}ffc0000b080008000801011100ffc400140001{'00' * 16}"
@@ -42,9 +44,22 @@ def jpeg_decoder() -> Answer:
         return "on", f"{written} has NVJPG engines, which DALI uses for baseline JPEGs"
     if found < (8, 0) or found == (8, 6):
         raise Off(
-            f"{written} has no JPEG engine; the GPU's cores decode", "a GPU like the A100, A30, H100 or newer"
+            f"{written} has no JPEG engine; the GPU's cores decode, and data.hw_decoder_load changes nothing",
+            "a GPU like the A100, A30, H100 or newer",
         )
     return "info", f"{written}: whether there is a JPEG engine depends on the model"
+
+
+def nvjpeg() -> Answer:
+    """Whether the JPEG library decodes a part of an image with fancy upsampling, as random crops ask for."""
+    version = version_of("nvidia-nvjpeg")
+    if tuple(int(part) for part in version.split(".")[:2]) < REGIONS_WITH_FANCY_UPSAMPLING:
+        raise Off(
+            f"nvJPEG {version}: below 13.2 it gets the edges of parts of images wrong with fancy upsampling, so that "
+            "random crops are left to a slower decoder",
+            "pip install 'nvidia-nvjpeg>=13.2', or data.fancy_upsampling=false",
+        )
+    return "on", f"nvJPEG {version} decodes parts of images with fancy upsampling"
 
 
 def decode_with_dali(device: str) -> None:

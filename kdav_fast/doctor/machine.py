@@ -29,6 +29,7 @@ PROBES: dict[tuple[str, str], Callable[[], Answer]] = {
         "mixed", "a driver for CUDA 13; until then data.decode=cpu"
     ),
     ("data", "hardware JPEG decoder"): decoding.jpeg_decoder,
+    ("data", "nvJPEG"): decoding.nvjpeg,
     ("kernels", "Triton"): kernels.triton,
     ("kernels", "torch.compile"): kernels.torch_compile,
     ("kernels", "DeepSpeed's compiled operations"): kernels.deepspeed_operations,

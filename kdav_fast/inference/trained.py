@@ -19,7 +19,16 @@ EFFECTIVE = frozenset(
     | {f"data.{key}" for key in ("name", "root", "download", "val_labels", "skip_list", "max_pixels")}
     | {
         f"data.{key}"
-        for key in ("loader", "decode", "hw_decoder_load", "workers", "check", "dtype", "layout")
+        for key in (
+            "loader",
+            "decode",
+            "hw_decoder_load",
+            "fancy_upsampling",
+            "workers",
+            "check",
+            "dtype",
+            "layout",
+        )
     }
     | {
         f"data.{key}" for key in ("image_size", "eval_resize", "crop")

@@ -61,7 +61,7 @@ WRONG = {
     "train: {seed: 2147483648}": "allowed: a whole number of at least 0 and below 2147483648",
     "train: {zero_stage: true}": "'train.zero_stage' is True; allowed: a whole number of at least 0 and of at most 3",
     "train: {zero_stage: 1.0}": "'train.zero_stage' is 1.0; allowed: a whole number of at least 0 and of at most 3",
-    "data: {hw_decoder_load: 1.5}": "allowed: a number of at least 0 and of at most 1",
+    "data: {hw_decoder_load: 1.5}": "allowed: null or a number of at least 0 and of at most 1",
     "data: {workers: x}": "'data.workers' is 'x', which is text; allowed: null or a whole number of at least 1",
     # lists
     "data: {mean: 0.5}": "'data.mean' is 0.5; allowed: null or a list of 3, each a number",

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from kdav_fast.config import DataConfig
 from kdav_fast.data import build_loaders, open_images
@@ -98,6 +99,17 @@ def test_gpu_decoding_needs_a_gpu_and_dali():
         InputError, match=r"data\.loader=torchvision decodes on the CPU; set data\.loader=dali"
     ):
         build(decode="gpu", loader="torchvision", device=torch.device("cuda"))
+
+
+@pytest.mark.parametrize("key", [{"hw_decoder_load": 0.5}, {"fancy_upsampling": True}])
+def test_keys_of_the_gpu_s_decoder_are_refused_where_the_cpu_decodes(key):
+    (name,) = key
+    told = rf"data\.{name} is .* but images are decoded on the CPU; set data\.{name}=null"
+    for options in ({}, {"decode": "cpu", "device": torch.device("cuda")}, {"loader": "torchvision"}):
+        with pytest.raises(InputError, match=told):
+            build(**key, **options)
+    with pytest.raises(ValidationError, match=rf"data\.{name} is of JPEG files.*'cifar10' are none; drop it"):
+        DataConfig(name="cifar10", root="x", **key)
 
 
 def test_missing_dali_is_named(monkeypatch):

@@ -1,7 +1,7 @@
 """The contract of `Loader`, for both implementations and every kind of source."""
 
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 
 import numpy as np
 import psutil
@@ -261,7 +261,7 @@ def test_everything_random_is_restored_on_the_gpu(make_loader, smooth_split, thr
         smooth_split = decode_once(decoder, CUDA, 1, progress=False)
         assert smooth_split.pixels.is_cuda
     else:
-        options |= {"decode": place, "hw_decoder_load": 0.5}
+        options |= {"decode": place, "hw_decoder_load": 0.5, "fancy_upsampling": False}
     loader = make_loader(smooth_split, **options)
     next(iter(loader))
     restored = make_loader(smooth_split, **options)
@@ -284,3 +284,43 @@ def test_resident_pixels_on_the_gpu_are_those_on_the_cpu(make_loader, smooth_spl
     )
     for batch, reference in zip(there, here, strict=True):
         torch.testing.assert_close(batch.images.cpu(), reference.images, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["cpu", "gpu", "resident", "torchvision"])
+def test_the_host_does_not_wait_for_the_gpu(make_loader, smooth_split, place):
+    """As far as torch can tell, and it reports its own copies and waits."""
+    options = {**AUGMENTED, "device": CUDA, "batch_size": 2, "size": 32}
+    if place == "torchvision":
+        options["loader_class"] = TorchvisionLoader
+    elif place == "resident":
+        decoder = make_loader(
+            smooth_split, DaliLoader, size=32, device=CUDA, preprocessing={"dtype": torch.uint8}
+        )
+        smooth_split = decode_once(decoder, CUDA, 1, progress=False)
+    else:
+        options["decode"] = place
+    batches = chain.from_iterable(repeat(make_loader(smooth_split, **{"loader_class": DaliLoader} | options)))
+    next(batches)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(8):
+            next(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("loader_class", ["dali"], indirect=True)
+@pytest.mark.parametrize("crop", [RandomResizedCrop((0.3, 1.0), (0.75, 4 / 3)), CenterCrop(40)])
+def test_fancy_upsampling_is_what_the_cpu_does(make_loader, smooth_split, crop):
+    """Colours between their pixels: without it, the images are others."""
+
+    def images(device, **options):
+        loader = make_loader(smooth_split, size=32, crop=crop, device=device, **options)
+        return torch.cat([batch.images.cpu() for batch in loader])
+
+    fancy, plain = (images(CUDA, decode="gpu", fancy_upsampling=wanted) for wanted in (True, False))
+    assert not torch.equal(fancy, plain)
+    if isinstance(crop, CenterCrop):
+        torch.testing.assert_close(fancy, images(torch.device("cpu")), rtol=0, atol=4 / 255)

@@ -193,7 +193,7 @@ def test_the_gpu_s_graph_resamples_alike(make_split, make_loader, crop):
     @pipeline_def(batch_size=4, num_threads=1, device_id=None)
     def graph():
         encoded = fn.external_source(lambda: [folder.read(i) for i in range(4)], dtype=types.UINT8)
-        return decode_and_crop(encoded, crop, 32, "cpu", 0.9)
+        return decode_and_crop(encoded, crop, 32, "cpu")
 
     pipeline = graph()
     pipeline.build()

@@ -15,7 +15,7 @@ from kdav_fast.data.preprocessing import (
     pixel_preprocessing,
     resident_preprocessing,
 )
-from kdav_fast.data.resident import decode_once
+from kdav_fast.data.resident import decode_once, picked_rows
 from kdav_fast.errors import InputError
 from tests.data.pictures import pixels_of, smooth_photograph
 
@@ -101,6 +101,32 @@ def test_its_digest_is_of_the_files_so_that_a_restart_may_decode_anew(make_loade
     some = keep(photographs, 16).select(np.array([4, 2]))
     assert [some.name(0), some.name(1)] == [photographs.name(4), photographs.name(2)]
     assert torch.equal(some.pixels[1], keep(photographs, 16).pixels[2])
+
+
+class PixelsOnAGpu:
+    """Notes what it is asked for."""
+
+    is_cuda, device = True, torch.device("cuda", 1)
+
+    def __init__(self):
+        self.asked = []
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        return index
+
+
+def test_rows_of_a_gpu_are_picked_without_waiting_for_it(monkeypatch):
+    """A fake without a GPU: what crosses comes from pinned memory, and nobody waits for it."""
+    steps = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: steps.append("pinned") or self)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, *given, **named: steps.append((given, named)) or self
+    )
+    pixels, batches = PixelsOnAGpu(), [np.array([3, 1]), np.array([0])]
+    assert [rows.tolist() for rows in picked_rows(pixels, batches)] == [[3, 1], [0]]
+    assert steps == ["pinned", ((pixels.device,), {"non_blocking": True})] * 2
+    assert all(isinstance(index, torch.Tensor) for index in pixels.asked)
 
 
 def test_what_does_not_fit_is_refused_before_it_is_decoded(make_loader, numbered_split, monkeypatch):

@@ -116,6 +116,14 @@ def test_a_jpeg_engine_that_depends_on_the_model_is_not_promised(monkeypatch):
     assert found("hardware JPEG decoder").state == "off"
 
 
+@pytest.mark.parametrize(("version", "state"), [("13.3.2.43", "on"), ("13.2.0", "on"), ("13.0.1.86", "off")])
+def test_an_old_nvjpeg_leaves_random_crops_to_a_slower_decoder(monkeypatch, version, state):
+    monkeypatch.setattr(decoding, "version_of", lambda package: version)
+    assert found("nvJPEG").state == state
+    assert version in found("nvJPEG").detail
+    assert ("data.fancy_upsampling=false" in found("nvJPEG").remedy) == (state == "off")
+
+
 def test_pascal_is_too_old_for_triton_and_so_for_torch_compile(monkeypatch):
     fake_gpu(monkeypatch, 6, 0)
     assert "7.0" in found("Triton").detail
