@@ -122,8 +122,8 @@ class _Reader:
         code = self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         return ReaderLostError(
-            f"process {self._process.pid}, which reads image files, {how}; if not by you, then mostly for want of "
-            "memory, which the system's log tells: the same command continues from the last checkpoint"
+            f"process {self._process.pid}, which reads image files, {how}; if it was not you, look into the system's "
+            "log for what ended it, such as a lack of memory"
         )
 
 

@@ -1,6 +1,6 @@
 """A process that reads image files for one that trains, so that neither waits for the other's interpreter.
 
-`read_ahead` runs this file as a script, with the standard library alone: it starts in 25 ms and takes 10 MB. What the
+`read_ahead` runs this file as a script, with the standard library alone: it starts in 25 ms and takes 13 MB. What the
 two say to each other goes over a socket: which slab, and how many of its bytes are meant. What they mean lies in
 the slab: a batch's request and then, in its place, its contents.
 
