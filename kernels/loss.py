@@ -74,7 +74,7 @@ def kdav_loss(
         workspace_bytes: most that "chunked" allocates for a slice of the memory, besides statistics of
             10 (d + K) values a batch row. `None` means half of a GPU's L2 cache, 64 MiB on a CPU.
         memory_order: `class_order` of these class ids and this `filled`, for "triton", which sorts them itself if it is
-            `None`; the others do not need it. `TeacherMemory.order` has it.
+            `None`: worth it for several losses of one push. The other implementations do not need it.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
