@@ -101,9 +101,10 @@ class LossScale:
         """The factor as a number; waits for the device."""
         return self.factor.item()
 
-    def update(self, skipped: Tensor) -> None:
-        """After each step: a float32 scalar, 1 if it was skipped, else 0."""
+    def update(self, taken: Tensor) -> None:
+        """After each step, whether it was taken or skipped: scalar, boolean."""
         if self.active:
+            skipped = (~taken).float()
             torch._amp_update_scale_(self.factor, self._good_steps, skipped, 2.0, 0.5, self.GROWTH_INTERVAL)
             self.factor.clamp_(1.0, self.LARGEST)
 

@@ -79,6 +79,7 @@ class Run:
             # Only now: DeepSpeed broadcasts weights as bytes, which it cannot do with channels_last strides. The higher
             # stages keep weights as views of one flat buffer, which have no such strides.
             set_layout(self.trainee, self.config.data.layout, device)
+            self.engine.remember_buffers()
         torch.manual_seed(train.seed + self.cluster.rank)  # mixing differs between ranks
 
     @property

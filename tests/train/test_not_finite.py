@@ -121,7 +121,7 @@ def test_the_scale_of_float16_s_loss_falls_until_gradients_fit(zero_stage):
 
 
 def test_loss_scale():
-    taken, skipped = torch.tensor(0.0), torch.tensor(1.0)
+    taken, skipped = torch.tensor(True), torch.tensor(False)
     scale = LossScale(torch.float16)
     scale.update(skipped)
     assert scale.value == 2.0**15

@@ -94,7 +94,8 @@ class Engine(ABC):
         self._engine = self._initialize(config, cluster, dtype)
         self.sharded = None if self.zero_stage == 0 else self._engine.optimizer
         self._apply_loss_scale()
-        self._untouched = Untouched([module, *beside])
+        self._buffers_of = [module, *beside]
+        self.remember_buffers()
 
     def _initialize(self, config: TrainConfig, cluster: Cluster, dtype: torch.dtype | None) -> Any:
         trained = sum(p.numel() for p in self.module.parameters() if p.requires_grad)
@@ -164,13 +165,13 @@ class Engine(ABC):
             group["lr"] = lr * group.get("lr_factor", 1.0)
         taken = self._step()
         self._untouched.settle(taken)
-        self.loss_scale.update((~taken).float())
+        self.loss_scale.update(taken)
         self._apply_loss_scale()
         return taken
 
     def remember_buffers(self) -> None:
-        """What a skipped step goes back to: call this after changing buffers from outside."""
-        self._untouched.remember()
+        """What a skipped step goes back to: call this after buffers were changed, or replaced, from outside."""
+        self._untouched = Untouched(self._buffers_of)
 
     def restore_loss_scale(self, state: dict[str, Any]) -> None:
         """Continue with a saved `loss_scale.state_dict()`."""

@@ -22,7 +22,7 @@ class _Kept(NamedTuple):
 
 
 class Untouched:
-    """All buffers of some modules: BatchNorm's statistics, running sums, what a method remembers.
+    """All buffers of some modules, as they are now: BatchNorm's statistics, running sums, what a method remembers.
 
     The copy takes as much device memory as they do, but for memories, which keep only what they overwrite. Nothing
     waits for the device.
@@ -44,14 +44,8 @@ class Untouched:
         self._kept = [_keep(buffers) for buffers in groups.values()]
 
     @torch.no_grad()
-    def remember(self) -> None:
-        """As they are now: call this after changing them from outside."""
-        for kept in self._kept:
-            torch._foreach_copy_(kept.views, kept.buffers)
-
-    @torch.no_grad()
     def settle(self, taken: Tensor) -> None:
-        """After a step: bring them back to where they were before, unless it was taken.
+        """After a step: bring them back to where they were, unless it was taken.
 
         Args:
             taken: scalar, boolean, on the device.

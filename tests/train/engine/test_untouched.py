@@ -65,16 +65,6 @@ def test_it_is_as_if_the_step_had_not_been(micro_batches):
         assert same(state(method), after if taken else before)
 
 
-def test_what_changes_from_outside_is_remembered():
-    method = Method()
-    untouched = Untouched([method])
-    method.table.fill_(7.0)
-    untouched.remember()
-    method.table.fill_(8.0)
-    untouched.settle(SKIPPED)
-    assert (method.table == 7).all()
-
-
 def test_a_memory_alone_keeps_nothing():
     """Who pushes without ever settling would fill the machine."""
     memory = TeacherMemory(20, 3, 4)
