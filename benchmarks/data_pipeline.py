@@ -56,6 +56,8 @@ LONG_EPOCH = 2**17
 DALI = "nvidia-dali-cuda130"
 PACKAGES = ("torch", "torchvision", "pillow", DALI, "numpy")
 PLAIN = "torchvision"
+HARDWARE_LOADS = (0.12, 0.99)
+"""Shares of a batch that a GPU's JPEG unit decodes, beside the package's own."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # The pipeline's queue holds 2 batches and 1 that is being made, the decoder before it 1 that is resampled, 2 that are
 # decoded and 1 that is being decoded; the files of 2 more have been read; 1 to settle.
@@ -180,6 +182,9 @@ def plans(options: argparse.Namespace, images: ImageFolder, device: torch.device
     for decode in decoders:
         make = partial(dali, long, view, decode=decode, shuffle=True)
         listed[f"dali {decode}"] = Plan(make, DALI_READY, 1)
+    for load in HARDWARE_LOADS if device.type == "cuda" else ():
+        make = partial(dali, long, view, decode="gpu", hw_decoder_load=load, shuffle=True)
+        listed[f"dali gpu, hardware {load:.0%}"] = Plan(make, DALI_READY, 1)
     return listed | {"resident": Plan(resident, DALI_READY, 1)}
 
 

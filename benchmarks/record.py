@@ -4,11 +4,12 @@ What is measured stays as it was written. It counts only for the same settings, 
 """
 
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from kdav_fast.runtime.files import write_whole
 
@@ -20,7 +21,7 @@ LONGEST = 300
 
 
 class NeverEndedError(RuntimeError):
-    """What has ended the whole program each time it was tried: a crash, a hang, a limit of time."""
+    """What has ended the whole program each time it was tried: a crash, or a hang that hears of no limit."""
 
 
 class Record:
@@ -49,6 +50,7 @@ class Record:
         """What is measured, in that order."""
         self._kept: dict[str, Any] = earlier.get("kept", {})
         self._begun: dict[str, int] = earlier.get("begun", {})
+        signal.signal(signal.SIGTERM, _end)
         if self.rows:
             print(f"going on with {path.name}: {len(self.rows)} {name} are there", flush=True)
 
@@ -76,13 +78,20 @@ class Record:
             NeverEndedError: it did, the last times.
         """
         if self._begun.get(what, 0) >= ATTEMPTS:
-            raise NeverEndedError(f"it ended the whole program, or its time was over, {ATTEMPTS} times")
+            raise NeverEndedError(f"it ended the whole program {ATTEMPTS} times: a crash or a hang")
         self._begun[what] = self._begun.get(what, 0) + 1
         self.write()
+        ended = True  # by the program itself, not by an error
         try:
             yield
+            ended = False
+        except Exception:
+            ended = False
+            raise
         finally:
-            del self._begun[what]  # the file learns it with what is written next
+            del self._begun[what]
+            if ended:  # else the file learns it with what is written next
+                self.write()
 
     def write(self) -> dict[str, Any]:
         """Bring the file up to date; returns what is in it."""
@@ -102,6 +111,11 @@ class Record:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
         return found if same else {}
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """A limit that is over is not held against what is being measured; only what cannot hear of it is."""
+    sys.exit(128 + number)
 
 
 def _same_place(before: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -105,6 +105,21 @@ def test_what_could_not_be_measured_is_listed(options):
     assert gpu.left_out("scale", options) == []
 
 
+def test_the_closing_table_has_every_figure_of_the_design(options, capsys):
+    gpu.print_tables({"scale": ("not measured: no network", 0.0)}, options)
+    parts, table = capsys.readouterr().out.split("wanted")
+    assert "not measured: no network" in parts
+    wanted = ["shape A, ids", "shape A, dense", "large shape, ids", "large shape, dense", "peak extra memory"]
+    wanted += ["roofline", "torch.compile", "bf16 error", "same bits", "on a CPU", "on the CPU", "on the GPU"]
+    wanted += ["plain PyTorch reference", "resident data", "share of the step", "student step + teacher"]
+    wanted += ["cached teacher", "without waiting", "files read", "KDAV over KD", "KDAV over SimKD"]
+    wanted += ["every method", "restart"]
+    for what in wanted:
+        assert what in table
+    lines = table.splitlines()[1:]
+    assert all("not measured" in line or line.endswith("tested") for line in lines)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["gpu", *gpu.PARTS])
 def test_a_gpu_that_is_not_there_is_said_in_one_line(tmp_path, monkeypatch, capsys, script):
