@@ -107,7 +107,7 @@ def explain_choice(
     Args:
         device: of the tensors.
         batch, width, length, classes: B, d, L, K of DESIGN section 2.
-        dtype: widest of the embeddings'.
+        dtype: of the memory's embeddings; float64 if any input is.
         posterior: "dense" class probabilities or class "ids". Neither it nor d or K decides anything so far.
     """
     kind = torch.device(device).type
@@ -124,7 +124,8 @@ def explain_choice(
 
 def choose(student: Tensor, teacher: Tensor, logits: Tensor, memory: Tensor, posterior: Tensor) -> str:
     """`explain_choice` for tensors."""
-    dtype = functools.reduce(torch.promote_types, (teacher.dtype, memory.dtype), student.dtype)
+    wide = any(tensor.dtype == torch.float64 for tensor in (student, teacher, logits, memory))
+    dtype = torch.float64 if wide else memory.dtype
     kind: Posterior = "dense" if posterior.ndim == 2 else "ids"
     name, _ = explain_choice(student.device, *student.shape, memory.shape[0], logits.shape[1], dtype, kind)
     return name

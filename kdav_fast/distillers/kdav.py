@@ -25,8 +25,7 @@ class KDAV(Distiller):
     Labels are not used unless `weight_label` adds the cross-entropy of the class prototypes' scores.
 
     The student's classifier gives way to an embedding head, whose class prototypes come from the teacher's
-    embeddings. Embeddings meet the memory in `facts.dtype`, half precision in a bf16 run: every sum is still in
-    float32.
+    embeddings. Embeddings meet the memory in half precision in a bf16 run: every sum is still in float32.
     """
 
     class Config(MethodConfig):

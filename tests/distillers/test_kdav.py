@@ -112,10 +112,11 @@ def test_ids_remember_the_teacher_s_class(batch, measured, losses):
 
 def test_bf16_stays_near_float32(batch, measured, losses):
     totals = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, unit_rows in ((torch.float32, torch.float32), (torch.bfloat16, torch.float16)):
         distiller = measured(dtype=dtype, memory_length=8)
         totals[dtype] = losses(distiller, batch).total
-        assert distiller.memory.embedding.dtype == dtype
+        assert distiller.memory.embedding.dtype == unit_rows
+        assert distiller.memory.posterior.dtype == dtype
         assert totals[dtype].dtype == torch.float32
     torch.testing.assert_close(totals[torch.bfloat16], totals[torch.float32], rtol=0.03, atol=0.03)
 

@@ -201,5 +201,8 @@ def test_auto_takes_what_it_explains(monkeypatch):
     assert explain_choice("cpu", 256, 512, 65536, 1000, torch.float32, "dense")[0] == "chunked"
     assert explain_choice("cuda", 256, 512, 16384, 1000, torch.bfloat16, "dense")[0] == "triton"
     assert explain_choice("cuda", 1024, 2048, 65536, 1000, torch.bfloat16, "ids")[0] == "chunked"
+    for dtype, length in ((torch.float16, 2**16), (torch.float32, 2**15)):  # 64 MiB of similarities, no more
+        assert explain_choice("cuda", 256, 4096, length, 1000, dtype, "ids")[0] == "triton"
+        assert explain_choice("cuda", 256, 64, length + 1, 1000, dtype, "dense")[0] == "chunked"
     assert explain_choice("cuda", 256, 512, 16384, 1000, torch.float64, "ids")[0] == "chunked"
     assert explain_choice("mps", 256, 512, 16384, 1000, torch.float32, "ids")[0] == "chunked"
