@@ -44,8 +44,9 @@ class Narrow(NamedTuple):
 
 
 NARROW: dict[str, Narrow] = {
-    # Ratios by class id, 8 a thread.
+    # Ratios by class id, 8 or 16 a thread.
     "slope_kernel ids": Narrow(once=12),
+    "chunked_slope_kernel ids": Narrow(once=20),
     # One row number of the class order each.
     "membership_kernel ids": Narrow(in_loops=1),
     # Logits, 16 a thread three times: the rows of K values may start anywhere.

@@ -132,28 +132,25 @@ def product(
 ) -> Pass:
     """[rows x depth] @ [depth x columns] in bfloat16 by the vendor's library.
 
-    Tiles of 128 x 256 or, at 85 % of their rate, 128 x 128, whichever ends first, in clusters of two that share the
-    wider operand; where they leave multiprocessors idle the depth is split, and the partial sums are written and
-    read in float32.
+    Tiles of 128 x 256 or, at 85 % of their rate, 128 x 128; where they leave multiprocessors idle the depth may be
+    split, and the partial sums are written and read in float32. The quickest of these is taken. That tiles fetch their
+    operands again from L2 is part of the measured rate.
 
     Args:
         out: bytes of a value of the result.
         add: whether the result is added to what is there.
     """
     result = rows * columns
-    best = None
+    once = HALF * depth * (rows + columns) + out * result * (1 + add)
+    choices = []
     for width, rate in ((256, 1.0), (128, 0.85)):
         tiles = math.ceil(rows / 128) * math.ceil(columns / width)
-        splits = max(1, min(machine.multiprocessors // tiles, depth // 512))
-        waves = math.ceil(tiles * splits / machine.multiprocessors)
-        deep = math.ceil(depth / splits)
-        slots = waves * machine.multiprocessors * 2.0 * 128 * width * deep / rate
-        partial = 2 * FLOAT * result * splits * (splits > 1)
-        operands = HALF * tiles * depth * (128 + width // 2)
-        candidate = (slots, operands + partial + out * result * (1 + add))
-        best = min(best or candidate, candidate)
-    slots, l2 = best
-    once = HALF * depth * (rows + columns) + out * result * (1 + add)
+        for splits in {1, max(1, min(machine.multiprocessors // tiles, depth // 512))}:
+            waves = math.ceil(tiles * splits / machine.multiprocessors)
+            slots = waves * machine.multiprocessors * 2.0 * 128 * width * math.ceil(depth / splits) / rate
+            partial = 2 * FLOAT * result * splits * (splits > 1)
+            choices.append((slots, once + partial))
+    slots, l2 = min(choices, key=lambda choice: max(choice[0] / machine.flops, choice[1] / machine.l2))
     flops = 2.0 * result * depth
     return Pass(name, flops, slots, l2, beyond_l2(once, machine), times=times)
 
@@ -255,6 +252,37 @@ def chunked_64559d1(shape: Shape) -> Iterator[Pass]:
     yield rowwise("small operations", FLOAT * b * (d + k), 0, times=50)
 
 
+def chunked(shape: Shape, rows: int = 0) -> Iterator[Pass]:
+    """`chunked_gpu`'s launches; `rows` of a slice instead of those that it takes."""
+    b, d, n, k, ids = shape
+    if not rows:
+        fit = int(H200.l2_size * 3 / 4) // (2 * b * FLOAT + ids * HALF * k)
+        rows = 1 << (max(256, min(4096, fit, n)).bit_length() - 1)
+    slices = math.ceil(n / rows)
+    memory = HALF * rows * d
+    """Bytes of U that a slice reads, from HBM in either pass."""
+
+    def with_memory(one: Pass) -> Pass:
+        return one._replace(hbm=max(one.hbm, memory))
+
+    yield with_memory(product("similarity", 2 * b, rows, d, out=FLOAT, times=slices))
+    yield rowwise("absorb", 2 * b * rows * (FLOAT + HALF), 0, times=slices, triton=True)
+    if ids:
+        yield rowwise("one-hot", HALF * rows * k, 0, times=slices, triton=True)
+    yield product("class mass", b, k, rows, out=FLOAT, add=True, times=slices)
+    yield product("teacher mean", b, d, rows, out=FLOAT, add=True, times=slices)
+    yield with_memory(product("similarity again", b, rows, d, out=FLOAT, times=slices))
+    if not ids:
+        yield product("class share", b, rows, k, out=FLOAT, times=slices)
+    moved = b * rows * (FLOAT * (1 if ids else 2) + HALF)
+    yield rowwise("slope", moved, 0, times=slices, triton=True)
+    yield product("gradient", b, d, rows, out=FLOAT, add=True, times=slices)
+    yield rowwise(
+        "queries, divergences and their gradients", 3 * FLOAT * b * (d + k), 0, times=4, triton=True
+    )
+    yield rowwise("the loss of rows", 0, 0, times=10)
+
+
 def fused_64559d1(shape: Shape) -> Iterator[Pass]:
     """`triton` at commit 64559d1: B x L never written; tiles of `tiles.TILES["sm_90"]` of that commit, in bfloat16.
 
@@ -329,6 +357,7 @@ def fused_half(shape: Shape) -> Iterator[Pass]:
 IMPLEMENTATIONS: dict[str, Callable[[Shape], Iterator[Pass]]] = {
     "eager bf16": eager,
     "torch.compile": compiled,
+    "chunked": chunked,
     "chunked 64559d1": chunked_64559d1,
     "triton 64559d1": fused_64559d1,
     "triton": fused,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kdav_fast.kernels import chunked_gpu, triton_chunk, triton_kdav, triton_kernels
 from kdav_fast.kernels.class_order import class_order
+from kdav_fast.kernels.records import Settings
 
 POINTERS = {
     torch.float32: "*fp32",
@@ -136,11 +137,9 @@ def cases() -> Iterator[Case]:
 def chunked_launches(case: Case) -> None:
     """`chunked`'s passes, forward and backward."""
     student, teacher, logits, memory, posterior = case.inputs()
-    query, by_class = student.float(), logits.float()
-    sums = chunked_gpu.add_up(query, teacher.float(), case.classes, memory, posterior, case.filled, 0)
-    total = sums.total[: case.batch]
-    grad = torch.empty_like(query)
-    chunked_gpu.add_slopes(grad, query, memory, posterior, case.filled, total, total, by_class, 0)
+    settings, filled = Settings(10.0, 10.0, 2.0, 1e-8, 0), case.filled
+    *terms, saved = chunked_gpu.forward(student, teacher, logits, memory, posterior, filled, settings)
+    chunked_gpu.backward(student, memory, posterior, filled, saved, *terms, settings)
 
 
 def fused_launches(case: Case) -> None:

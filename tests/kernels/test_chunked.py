@@ -1,6 +1,7 @@
 """`chunked` as a GPU runs it, by Triton's interpreter where there is none: slices, launches, callers' devices."""
 
 import contextlib
+import weakref
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdav_fast import kdav_loss
 from kdav_fast.kernels import chunked, chunked_gpu, triton_chunk
+from kdav_fast.kernels.records import Settings
 
 from .inputs import DEVICE, make_inputs, values_and_gradient
-from .test_accuracy import TOLERANCE, check_rule, largest_errors, widened
+from .test_accuracy import TOLERANCE, check_rule, eager_loss, largest_errors, widened
 
 both_posteriors = pytest.mark.parametrize("ids", [False, True], ids=["dense", "ids"])
 SMALLEST = 1
@@ -19,7 +21,7 @@ SMALLEST = 1
 
 @pytest.fixture
 def gpu_passes(monkeypatch):
-    monkeypatch.setattr(chunked, "slices_for", lambda device: chunked_gpu)
+    monkeypatch.setattr(chunked, "passes_for", lambda device: chunked_gpu)
 
 
 @both_posteriors
@@ -86,11 +88,11 @@ def test_a_new_maximum_in_every_slice(gpu_passes, ids):
 
 
 class Launches(TorchDispatchMode):
-    """What a GPU would be given to do: every operation on tensors that is no view, by name."""
+    """What a GPU would be given to do, every operation that is no view by name, and the most bytes held meanwhile."""
 
     def __init__(self):
         super().__init__()
-        self.names = []
+        self.names, self.held, self.most = [], {}, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
@@ -98,7 +100,16 @@ class Launches(TorchDispatchMode):
             self.names.append(name)
         if function in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
             return kwargs["out"]
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not function.is_view:
+            self.hold(result.untyped_storage())
+        return result
+
+    def hold(self, storage):
+        if storage._cdata not in self.held:
+            self.held[storage._cdata] = storage.nbytes()
+            weakref.finalize(storage, self.held.pop, storage._cdata)
+            self.most = max(self.most, sum(self.held.values()))
 
 
 class Kernel:
@@ -124,7 +135,7 @@ def launches(monkeypatch):
         yield
         mode.names.append("leave")
 
-    for name in ("absorb_kernel", "slope_kernel", "one_hot_kernel"):
+    for name in [name for name in vars(triton_chunk) if name.endswith("_kernel")]:
         monkeypatch.setattr(triton_chunk, name, Kernel(name, mode))
     monkeypatch.setattr(chunked_gpu, "on_device", on_device)
     monkeypatch.setattr(chunked_gpu, "adds_wider", lambda device: True)
@@ -132,25 +143,29 @@ def launches(monkeypatch):
         yield mode
 
 
-def fake_passes(length, ids, filled=True):
-    """Forward and backward at batch 1024, width 2048, 1000 classes, bfloat16."""
+def large_inputs(length, ids):
+    """Batch 1024, width 2048, 1000 classes, bfloat16."""
 
     def make(*shape, dtype=torch.bfloat16):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    query, memory = make(1024, 2048, dtype=torch.float32), make(length, 2048)
     posterior = make(length, dtype=torch.int64) if ids else make(length, 1000)
-    filled = make((), dtype=torch.int64) if filled else None
-    room = 30 * 10**6
-    chunked_gpu.add_up(query, query, 1000, memory, posterior, filled, room)
-    row = make(1024, dtype=torch.float32)
-    ratio = make(1024, 1000, dtype=torch.float32)
-    chunked_gpu.add_slopes(torch.empty_like(query), query, memory, posterior, filled, row, row, ratio, room)
+    return [make(1024, 2048), make(1024, 2048), make(1024, 1000), make(length, 2048), posterior]
+
+
+def fake_passes(length, ids, workspace_bytes=25 * 10**6):
+    """Forward and backward; the workspace is one for slices of 2,048 rows."""
+    filled = torch.empty((), dtype=torch.int64, device="meta")
+    settings = Settings(10.0, 10.0, 1.0, 1e-8, workspace_bytes)
+    inputs = *large_inputs(length, ids), filled
+    student, _, _, memory, posterior, _ = inputs
+    membership_kl, prediction_kl, saved = chunked_gpu.forward(*inputs, settings)
+    chunked_gpu.backward(student, memory, posterior, filled, saved, membership_kl, prediction_kl, settings)
 
 
 SLICE = {
-    False: ["mm", "absorb_kernel", "addmm", "addmm", "mm", "mm", "slope_kernel", "addmm"],
-    True: ["mm", "absorb_kernel", "one_hot_kernel", "addmm", "addmm", "mm", "slope_kernel", "addmm"],
+    False: ["mm", "absorb_kernel", "addmm", "addmm", "mm", "mm", "chunked_slope_kernel", "addmm"],
+    True: ["mm", "absorb_kernel", "one_hot_kernel", "addmm", "addmm", "mm", "chunked_slope_kernel", "addmm"],
 }
 
 
@@ -164,7 +179,9 @@ def test_launches_of_a_slice(launches, ids):
     assert sorted(set(SLICE[ids])) == sorted(set(three) & set(SLICE[ids]))
     for name in set(three):
         assert three.count(name) - two.count(name) == SLICE[ids].count(name), name
-    assert len(two) - 2 * 8 <= 14  # what is done once, with the two contexts
+    once = ["query_kernel", "chunked_divergence_kernel", "upstream_kernel", "chunked_gradient_kernel"]
+    assert len(two) - 2 * 8 == len(once) + 4  # entering and leaving the device's context twice
+    assert [two.count(name) for name in once] == [1] * 4
 
 
 @both_posteriors
@@ -175,3 +192,22 @@ def test_kernels_are_launched_on_the_tensors_device(launches, ids):
     for name in launches.names:
         inside = name == "enter" or (inside and name != "leave")
         assert inside or not name.endswith("kernel")
+
+
+@both_posteriors
+def test_extra_memory_at_the_large_shape(launches, ids):
+    """A tenth of what plain torch takes, by the bytes of every tensor that is alive."""
+
+    def most(function):
+        launches.most = 0
+        before = sum(launches.held.values())
+        function()
+        return launches.most - before
+
+    student, *rest = large_inputs(65536, False)
+    z = student.requires_grad_()
+    eager = most(lambda: torch.autograd.grad(eager_loss(z, *rest).loss.sum(), z))
+    inputs = 2 * (2 * 1024 * 2048 + 1024 * 1000 + 65536 * 2048) + 65536 * (8 if ids else 2000)
+    extra = most(lambda: fake_passes(65536, ids, 45 * 10**6)) - inputs
+    assert launches.names.count("absorb_kernel") == 16  # slices of 4,096 rows
+    assert 30 * 10**6 < extra <= eager / 10

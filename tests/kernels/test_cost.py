@@ -29,11 +29,11 @@ def test_a_product_by_hand():
     one = cost.product("similarity", 512, 16384, 512)
     assert one.flops == 2 * 512 * 16384 * 512
     assert one.slots == 2 * 132 * 2 * 128 * 256 * 512
-    assert one.l2 == 256 * (128 + 256 // 2) * 512 * 2 + 512 * 16384 * 2
-    assert one.hbm == (512 + 16384) * 1024 + 512 * 16384 * 2  # 34 MB are over half of L2
+    assert one.l2 == (512 + 16384) * 1024 + 512 * 16384 * 2
+    assert one.hbm == one.l2  # 34 MB are over half of L2
     assert cost.product("similarity", 512, 8192, 512).hbm == 0
-    assert one.device_time(cost.Machine(launch=1.0)) == pytest.approx(one.l2 / 5.5e6 + 1.0)
-    assert one.device_time(cost.Machine(launch=1.0, l2=1e14)) == pytest.approx(one.slots / 790e6 + 1.0)
+    assert one.device_time(cost.Machine(launch=1.0)) == pytest.approx(one.slots / 790e6 + 1.0)
+    assert one.device_time(cost.Machine(launch=1.0, l2=1e12)) == pytest.approx(one.l2 / 1e6 + 1.0)
 
 
 @pytest.mark.parametrize("name", cost.IMPLEMENTATIONS)
@@ -58,3 +58,17 @@ def test_the_table_has_every_implementation_at_every_shape(capsys):
     assert "PREDICTED" in printed
     assert "not measured" in printed
     assert "flops 7.9e+14" in printed
+
+
+def test_a_product_that_is_split():
+    # 256 x 512 by 128 x 128: 8 tiles of a depth of 16384, split in 16 parts of 1024, added in float32. (4 tiles of
+    # 128 x 256 in 32 parts would write twice as many sums.)
+    one = cost.product("gradient", 256, 512, 16384, out=4)
+    assert one.slots == 132 * 2 * 128 * 128 * 1024 / 0.85
+    assert one.l2 == 16384 * (256 + 512) * 2 + 256 * 512 * 4 + 2 * 4 * 256 * 512 * 16
+
+
+def test_launches_of_chunked_are_those_that_are_tested():
+    """8 a slice and 4 for all slices, as test_chunked.py counts them; `kdav_loss` and its mean take 10."""
+    for shape in ("Bshape ids", "Bshape dense"):
+        assert cost.predict("chunked", cost.SHAPES[shape]).launches == 16 * 8 + 4 + 10
