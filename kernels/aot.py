@@ -45,10 +45,9 @@ class Narrow(NamedTuple):
 
 NARROW: dict[str, Narrow] = {
     # Ratios by class id, 8 or 16 a thread.
-    "slope_kernel ids": Narrow(once=12),
     "chunked_slope_kernel ids": Narrow(once=20),
-    # One row number of the class order each.
-    "membership_kernel ids": Narrow(in_loops=1),
+    # One row number of the class order each, of two rows in float32.
+    "membership_kernel ids": Narrow(in_loops=2),
     # Logits, 16 a thread three times: the rows of K values may start anywhere.
     "divergence_kernel": Narrow(once=24, in_loops=48),
 }

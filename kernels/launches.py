@@ -129,9 +129,9 @@ def cases() -> Iterator[Case]:
     for ids in (False, True):
         for dtype in DTYPES:
             yield Case("masked", 256, 512, 8192, 1000, dtype, ids, True)
-        yield Case("whole", 256, 512, 8192, 1000, "bf16", ids, False)
         yield Case("odd", 33, 507, 4096 + 1543, 1001, "bf16", ids, True)
-        yield Case("one", 1, 64, 1, 10, "bf16", ids, True)
+    yield Case("whole", 256, 512, 8192, 1000, "bf16", True, False)
+    yield Case("one", 1, 64, 1, 8, "bf16", True, True)
 
 
 def chunked_launches(case: Case) -> None:
@@ -148,7 +148,8 @@ def fused_launches(case: Case) -> None:
     inputs = [tensor.to("meta") for tensor in case.inputs()]
     filled = None if case.filled is None else case.filled.to("meta")
     order = class_order(inputs[4], case.classes) if case.ids else (None, None)
-    for kappa in (triton_kdav.LARGEST_BOUND, 2 * triton_kdav.LARGEST_BOUND):
+    bound = triton_kdav.LARGEST_BOUND
+    for kappa in (bound, 2 * bound) if case.name == "masked" else (bound,):
         numbers = triton_kdav.Settings(kappa, kappa, 1.0, 1e-8, 1.0, 1.0)
         loss, _, _, *saved = triton_kdav.launch_forward(*inputs, filled, *order, *numbers)
         student, _, _, memory, posterior = inputs
