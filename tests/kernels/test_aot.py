@@ -42,7 +42,7 @@ def test_kernels_compile_ahead_of_time(report):
     (row,) = result["kernels"]
     assert row["spill_bytes"] == 0
     assert row["loads"]["LDG.128"] >= 2  # similarities of 8 columns a thread
-    assert row["programs"] >= 8
+    assert row["programs"] >= 2
     assert "PREDICTED" in printed
     assert "1 of 1 clean\nexit 0\n" in printed
 
