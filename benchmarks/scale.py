@@ -173,23 +173,34 @@ def print_table(result: dict[str, object]) -> None:
     warn_if_noisy(result["noise"])
 
 
-def read_options() -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """With what is trained, and for how long it is measured."""
     count, seconds = positive(int), positive(float)
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default=default_device())
-    add("--processes", type=count, nargs="+", help="(1 2 4; on GPUs those of which there are enough)")
     add("--rounds", type=count, default=6, help="of each group, in turn (%(default)s)")
     add("--round-seconds", type=seconds, default=2.0, help="(%(default)s)")
     for name, value in CPU.items():
         kind = count if isinstance(value, int) else str
         add(f"--{name.replace('_', '-')}", type=kind, help=f"({value} on the CPU, {CUDA[name]} on a GPU)")
-    add("--json", type=Path, help="result (benchmarks/results/scale_DEVICE.json)")
-    add("--plot", type=Path, help="picture (beside the result)")
-    options = parser.parse_args()
+    return parser
+
+
+def settle(options: argparse.Namespace) -> argparse.Namespace:
+    """With the preset where nothing was given."""
     for name, value in PRESETS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    return options
+
+
+def read_options() -> argparse.Namespace:
+    parser = make_parser(Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    add, help_text = parser.add_argument, "(1 2 4; on GPUs those of which there are enough)"
+    add("--processes", type=positive(int), nargs="+", help=help_text)
+    add("--json", type=Path, help="result (benchmarks/results/scale_DEVICE.json)")
+    add("--plot", type=Path, help="picture (beside the result)")
+    options = settle(parser.parse_args())
     options.parser = parser
     return options
 

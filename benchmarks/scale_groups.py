@@ -17,7 +17,8 @@ from random_teacher import write_random_teacher
 
 from kdav_fast.errors import InputError
 
-PROGRAM = Path(__file__).with_name("scale_process.py")
+HERE = Path(__file__).resolve().parents[1]
+PROGRAM = "benchmarks/scale_process.py"
 
 
 def write_data(folder: Path, classes: int, side: int) -> None:
@@ -53,9 +54,15 @@ def write_recipe(folder: Path, options: argparse.Namespace) -> None:
 
 
 class Group:
-    """N processes: one run together (`joined`), or a run each. As a context manager, it ends them."""
+    """N processes: one run together (`joined`), or a run each. As a context manager, it ends them.
 
-    def __init__(self, world: int, joined: bool, options: argparse.Namespace, folder: Path) -> None:
+    Args:
+        tree: the checkout whose code they run.
+    """
+
+    def __init__(
+        self, world: int, joined: bool, options: argparse.Namespace, folder: Path, tree: Path = HERE
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -73,8 +80,9 @@ class Group:
             )
             place |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
             shared |= {"OMP_NUM_THREADS": "1"} if cores else {}
+            shared["PYTHONPATH"] = str(tree)
             core = str(cores[rank % len(cores)]) if cores else ""
-            command = [sys.executable, str(PROGRAM), core, str(folder / "recipe.yaml")]
+            command = [sys.executable, str(tree / PROGRAM), core, str(folder / "recipe.yaml")]
             self._processes.append(
                 subprocess.Popen(
                     [*command, f"train.batch_size={batch}"],
