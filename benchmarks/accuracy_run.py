@@ -64,7 +64,7 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     network = build_classifier(model.name, data.classes, width=model.width, init=task.init)
     distiller = build_distiller(method_section(task.distiller), data.facts(network)).to(device)
     student = Student(network, distiller.head()).to(device)
-    trainee = Trainee(student, {}, distiller, torch.device(device), None)
+    trainee = Trainee(student, {}, distiller, torch.device(device), None, distiller.before_student)
     guard_unsafe_layers(trainee, "channels_last", torch.device(device))
     set_layout(trainee, "channels_last", torch.device(device))
     if preset.compiled:

@@ -6,7 +6,7 @@ its `Config`, and `METHOD`, which names that class.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -126,6 +126,16 @@ class Distiller(nn.Module):
         """Lines that the user shall read before the run begins."""
         return ()
 
+    def before_student(self, teacher: Outputs | None, batch: Batch) -> tuple:
+        """What need not wait for the student: called before its forward pass, as `forward` is.
+
+        What is sent to the other ranks here is under way while the student answers.
+
+        Returns:
+            Further arguments of `forward`.
+        """
+        return ()
+
     @abstractmethod
     def forward(
         self,
@@ -134,6 +144,7 @@ class Distiller(nn.Module):
         batch: Batch,
         learned: dict[str, nn.Module],
         progress: Progress,
+        *begun: Any,
     ) -> Losses:
         """The loss of one micro-batch.
 
@@ -146,6 +157,7 @@ class Distiller(nn.Module):
             batch: what is known of the images.
             learned: the modules of `learned()`, by name.
             progress: how far the run is.
+            begun: what `before_student` gave for this batch; a method without it need not name this.
         """
 
     def lend(self, name: str, module: nn.Module) -> None:

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
 from kdav_fast.config.section import Count, NonNegative, Positive, Temperature
 from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid
+from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.ring import TeacherMemory
 from kdav_fast.distillers.phases import Measure
 from kdav_fast.errors import InputError
@@ -128,6 +129,11 @@ class KDAV(Distiller):
         sums = (self._head.class_sum, self._head.class_mass)
         return (Measure("the teacher's embeddings", self._observe, sums, self._finish_measuring),)
 
+    def before_student(self, teacher: Outputs, batch: Batch) -> tuple[Tensor, Gathering]:
+        """The teacher's embeddings, B x d, and those of all ranks with their posteriors, on their way."""
+        embedding = self._head.center_teacher(teacher.features)
+        return embedding, self.memory.send(embedding, teacher.logits, batch.valid)
+
     def forward(
         self,
         student: Outputs,
@@ -135,11 +141,12 @@ class KDAV(Distiller):
         batch: Batch,
         learned: dict[str, nn.Module],
         progress: Progress,
+        embedding: Tensor,
+        sent: Gathering,
     ) -> Losses:
         if self.config.prototypes == "running":
             self._observe(batch, teacher)
-        embedding = self._head.center_teacher(teacher.features)
-        self.memory.push(embedding, teacher.logits, batch.valid)
+        self.memory.receive(sent)
         result = self.loss(
             student.embedding.to(self.dtype),
             embedding.to(self.dtype),

@@ -92,6 +92,17 @@ class Cluster:
             dist.all_reduce(tensor)
         return tensor
 
+    def begin_sum(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """`sum` that is under way while the device works on; what is returned waits for it and gives it."""
+        work = dist.all_reduce(tensor, async_op=True) if self.world > 1 else None
+
+        def finish() -> torch.Tensor:
+            if work is not None:
+                work.wait()
+            return tensor
+
+        return finish
+
     @torch.no_grad()
     def sum_each(self, tensors: Iterable[torch.Tensor]) -> None:
         """`sum` of many tensors of one device, alike in number and shapes on all ranks: one message a dtype."""

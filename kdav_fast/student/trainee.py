@@ -37,6 +37,7 @@ class Trainee(nn.Module):
         loss: from student's and teacher's answers, the batch, the learned modules and the run's progress, to what has
             `total` and `parts`; its own state is no part of this module.
         dtype: autocast dtype of the learned modules; None for float32.
+        before: called before the student, with the teacher's answers and the batch: gives further arguments of `loss`.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class Trainee(nn.Module):
         loss: Callable[..., object],
         device: torch.device,
         dtype: torch.dtype | None,
+        before: Callable[[Outputs | None, Batch], tuple] = lambda teacher, batch: (),
     ) -> None:
         super().__init__()
         self.student, self.learned = student, nn.ModuleDict(learned)
         object.__setattr__(self, "_loss", loss)
-        self._device = device.type
+        self._before, self._device = before, device.type
         for module in _called(self.learned):
             # The loss is taken in float32; a convolution in it need not be.
             autocast = torch.autocast(self._device, dtype, enabled=dtype is not None)
@@ -64,10 +66,12 @@ class Trainee(nn.Module):
         clock: Clock = lambda part: nullcontext(),
     ) -> Answer:
         """The loss of a micro-batch; `clock` is entered around "student" and "loss"."""
+        with clock("loss"), torch.autocast(self._device, enabled=False):
+            begun = self._before(teacher, batch)
         with clock("student"):
             student = self.student(batch.images)
         with clock("loss"), torch.autocast(self._device, enabled=False):
-            losses = self._loss(student, teacher, batch, self.learned, progress)
+            losses = self._loss(student, teacher, batch, self.learned, progress, *begun)
         return Answer(*_checked(losses), student.logits.detach())
 
 

@@ -15,7 +15,7 @@ from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.progress_bar import ProgressBar
 from kdav_fast.train.run import Run
 from kdav_fast.train.schedule import due
-from kdav_fast.train.step import share_of_valid
+from kdav_fast.train.step import begin_share_of_valid
 
 
 @dataclass
@@ -139,7 +139,7 @@ def _fit_batch(run: Run, phase: Fit, batch: Batch, optimizer: torch.optim.Optimi
     with torch.autocast(run.cluster.device.type, enabled=False):
         losses = phase.loss(teacher, batch, run.trainee.learned)
     optimizer.zero_grad()
-    loss = losses.total * share_of_valid(batch, run.cluster)
+    loss = losses.total * begin_share_of_valid(batch, run.cluster)()
     loss.backward()
     for group in optimizer.param_groups:
         group["lr"] = lr

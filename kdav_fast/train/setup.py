@@ -88,7 +88,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     try_training_step(student, config.data.image_size, rows)
     learned = distiller.learned()
     modules = {name: one.module.to(device) for name, one in learned.items()}
-    trainee = Trainee(student, modules, distiller, device, dtype)
+    trainee = Trainee(student, modules, distiller, device, dtype, distiller.before_student)
 
     guard_unsafe_layers(trainee, config.data.layout, device)
     average = None

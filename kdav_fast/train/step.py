@@ -1,6 +1,6 @@
 """One optimizer step: what a run repeats, and what a benchmark times part by part."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -60,6 +60,7 @@ def find_gradients(
         with clock("data"):
             batch = next(batches)
         batch = run.mix(batch)
+        share = begin_share_of_valid(batch, run.cluster)
         teacher = None
         if run.teacher is not None:
             with clock("teacher"):
@@ -67,16 +68,18 @@ def find_gradients(
                 run.first_answers.see(batch, teacher)
         answer = run.engine(batch, teacher, progress, clock)
         with clock("backward"):
-            share = share_of_valid(batch, run.cluster)
-            run.engine.backward(answer.total * share, last=micro + 1 == accumulate)
+            run.engine.backward(answer.total * share(), last=micro + 1 == accumulate)
         seen.append(MicroBatch(batch, answer, teacher))
     return seen
 
 
-def share_of_valid(batch: Batch, cluster: Cluster) -> Tensor | float:
-    """Turns the mean over this rank's valid rows into its part of the mean over all ranks' valid rows."""
+def begin_share_of_valid(batch: Batch, cluster: Cluster) -> Callable[[], Tensor | float]:
+    """Ask the other ranks for their share; what is returned gives this rank's.
+
+    That turns the mean over its valid rows into its part of the mean over all ranks' valid rows.
+    """
     if cluster.world == 1:
-        return 1.0
+        return lambda: 1.0
     mine = batch.valid.sum().float()
-    total = cluster.sum(mine.clone())
-    return mine * cluster.world / total
+    total = cluster.begin_sum(mine.clone())
+    return lambda: mine * cluster.world / total()

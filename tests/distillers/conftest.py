@@ -46,6 +46,7 @@ def losses():
     """Takes the losses of a batch: `losses(distiller, batch)`."""
 
     def losses(distiller, batch, epoch=0.0):
-        return distiller(*batch, {}, Progress(int(10 * epoch), 100, epoch, 10.0))
+        begun = distiller.before_student(*batch[1:])
+        return distiller(*batch, {}, Progress(int(10 * epoch), 100, epoch, 10.0), *begun)
 
     return losses

@@ -143,7 +143,8 @@ class SmallRun:
         self.student = _Answering(self.distiller.head())
         modules = {name: one.module for name, one in self.distiller.learned().items()}
         autocast = None if dtype == torch.float32 else dtype
-        self.trainee = Trainee(self.student, modules, self.distiller, CPU, autocast).eval()
+        before = self.distiller.before_student
+        self.trainee = Trainee(self.student, modules, self.distiller, CPU, autocast, before).eval()
 
     def sample(
         self, seed: int, rows: int = BATCH, padding: Sequence[int] = (), measuring: bool = False

@@ -113,7 +113,13 @@ def push_on_one_rank(folder):
         angle = np.deg2rad([100 * step + 10 * rank + row for row in range(3)])
         rows = torch.tensor(np.stack([np.cos(angle), np.sin(angle)], 1), dtype=torch.float32)
         valid = torch.tensor([True, True, rank == 0])  # the last row of rank 1 is padding
-        memory.push(rows, torch.full((3,), rank), valid)
+        if step == 0:
+            memory.push(rows, torch.full((3,), rank), valid)
+            continue
+        sent = memory.send(rows, torch.full((3,), rank), valid)
+        assert memory.filled == 5  # nothing has changed yet
+        dist.all_reduce(torch.ones(1))  # as of what comes between
+        memory.receive(sent)
     found = memory.embedding, memory.posterior, memory.filled, memory.cursor
     torch.save([tensor.clone() for tensor in found], folder / f"{rank}.pt")
     dist.destroy_process_group()

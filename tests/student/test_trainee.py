@@ -57,6 +57,23 @@ def answer_to(loss, learned=None, dtype=None):
     return Trainee(student, learned or {}, loss, CPU, dtype)(four_images(), None, None)
 
 
+def test_what_need_not_wait_for_the_student_is_begun_before_it():
+    order = []
+
+    def before(teacher, batch):
+        order.append("before")
+        return ("begun",)
+
+    def loss(student, teacher, batch, learned, progress, begun):
+        order.append(begun)
+        return Losses(student.logits.mean(), {})
+
+    student = Student(build_classifier("cifar:resnet8", 10, width=0.25))
+    student.register_forward_pre_hook(lambda *_: order.append("student"))
+    Trainee(student, {}, loss, CPU, None, before)(four_images(), None, None)
+    assert order == ["before", "student", "begun"]
+
+
 def test_modules_in_a_list_run_in_the_run_s_dtype_too():
     seen = []
 

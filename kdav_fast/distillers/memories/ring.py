@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
-from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.memory import Memory
 from kdav_fast.errors import InputError
 
@@ -78,7 +78,7 @@ class TeacherMemory(Memory):
     def push(
         self, teacher_embedding: Tensor, teacher_logits_or_labels: Tensor, valid: Tensor | None = None
     ) -> None:
-        """Remember a batch, gathered from all ranks in rank order when torch.distributed is up.
+        """Remember a batch, gathered from all ranks in rank order when torch.distributed is up: `send` and `receive`.
 
         Every rank must push the same number of rows. Rows that are not valid, or whose embedding or logits
         are not finite, are left out. Of more valid rows than the ring holds, the last L are kept.
@@ -92,6 +92,13 @@ class TeacherMemory(Memory):
             InputError: shapes or kinds that do not fit this memory, or a valid row's class id outside 0 .. K - 1; on
                 an accelerator such an id is an assertion that fails on the device.
         """
+        self.receive(self.send(teacher_embedding, teacher_logits_or_labels, valid))
+
+    @torch.no_grad()
+    def send(
+        self, teacher_embedding: Tensor, teacher_logits_or_labels: Tensor, valid: Tensor | None = None
+    ) -> Gathering:
+        """The first half of a `push`: the batch goes to the other ranks, and nobody waits for theirs."""
         self._check(teacher_embedding, teacher_logits_or_labels, valid)
         knowledge = teacher_logits_or_labels
         keep = teacher_embedding.isfinite().all(1)
@@ -100,9 +107,12 @@ class TeacherMemory(Memory):
         if valid is not None:
             keep &= valid
         embedding = F.normalize(teacher_embedding.float(), dim=1).to(self._embedding.dtype)
-        posterior = self._as_posterior(knowledge)
-        embedding, posterior, keep = gather_rows(embedding, posterior, keep)
+        return Gathering(embedding, self._as_posterior(knowledge), keep)
 
+    @torch.no_grad()
+    def receive(self, batch: Gathering) -> None:
+        """The second half: what every rank has sent is remembered. In the order in which it was sent."""
+        embedding, posterior, keep = batch.rows()
         rank = keep.cumsum(0) - 1  # a row's place among those kept
         pushed = keep.sum()
         keep &= rank >= pushed - self.length

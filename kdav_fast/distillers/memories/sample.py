@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
-from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.memory import Memory
 from kdav_fast.errors import InputError
 
@@ -106,7 +106,9 @@ class SampleMemory(Memory):
         keep = kept.isfinite().all(1)
         if valid is not None:
             keep &= valid
-        index, kept, keep = (_moved(column, self._values.device) for column in gather_rows(index, kept, keep))
+        index, kept, keep = (
+            _moved(column, self._values.device) for column in Gathering(index, kept, keep).rows()
+        )
 
         spare = len(self)
         slot, source = index.where(keep, spare).sort(stable=True)
