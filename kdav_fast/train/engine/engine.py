@@ -2,9 +2,11 @@
 
 import logging
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from kdav_fast.runtime.processes import Cluster, collective_timeout
 from kdav_fast.student.trainee import Trainee
 from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
 from kdav_fast.train.engine.untouched import Untouched
+
+_BUCKET_MB = 8
+"""Of gradients: what is still to be sent when the backward pass ends."""
 
 
 def _import_deepspeed(device: torch.device):
@@ -138,7 +143,7 @@ class Engine(ABC):
 
     def __call__(self, *inputs: Any) -> Any:
         """What the module answers, for `backward`."""
-        return self._engine(*inputs)
+        return self._answer(*inputs)
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add the gradient of one micro-batch.
@@ -192,6 +197,9 @@ class Engine(ABC):
         """Of the optimizer: groups of parameters and their settings."""
         return self.optimizer.param_groups
 
+    def _answer(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
     @abstractmethod
     def _scaled(self, loss: Tensor) -> Tensor:
         """Times the loss scale, unless DeepSpeed does that."""
@@ -206,7 +214,42 @@ class Engine(ABC):
 
 
 class WholeEngine(Engine):
-    """ZeRO stage 0: every rank has all weights, gradients and optimizer state, and steps by itself."""
+    """ZeRO stage 0: every rank has all weights, gradients and optimizer state, and steps by itself.
+
+    Of several ranks, torch adds up the gradients bucket by bucket while the backward pass goes on, where DeepSpeed
+    begins when it is over.
+    """
+
+    def _initialize(self, config: TrainConfig, cluster: Cluster, dtype: torch.dtype | None) -> Any:
+        engine = super()._initialize(config, cluster, dtype)
+        # torch refuses these layers on a CPU, where they are ours and work.
+        refused = cluster.device.type == "cpu" and any(
+            isinstance(layer, nn.SyncBatchNorm) for layer in self.module.modules()
+        )
+        self._overlaps = cluster.world > 1 and not refused
+        engine.enable_backward_allreduce = not self._overlaps
+        return engine
+
+    @cached_property
+    def _replica(self) -> nn.parallel.DistributedDataParallel:
+        """Made for the first step, since its buckets take the weights' layout, which is set after DeepSpeed's start."""
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
+        return nn.parallel.DistributedDataParallel(
+            self._engine,
+            broadcast_buffers=False,
+            init_sync=False,  # by DeepSpeed
+            bucket_cap_mb=_BUCKET_MB,
+            gradient_as_bucket_view=True,
+            # Else torch packs the buckets anew after the first step, and a run that continues adds in another order.
+            find_unused_parameters=True,
+        )
+
+    def _answer(self, *inputs: Any) -> Any:
+        if not self._overlaps:
+            return super()._answer(*inputs)
+        last = self._engine.is_gradient_accumulation_boundary()
+        with nullcontext() if last else self._replica.no_sync():
+            return self._replica(*inputs)
 
     def _handed(self) -> torch.optim.Optimizer:
         return _StepsElsewhere(self.optimizer.param_groups, {})
