@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from scale_model import GpuCluster, Link, curve, predict, ring_seconds, step_collectives
+from scale_model import BACKWARD, STUDENT, GpuCluster, Link, curve, predict, ring_seconds, step_collectives
 from torch.utils.flop_counter import FlopCounterMode
 
 from kdav_fast.errors import InputError
@@ -92,27 +92,30 @@ def curves(
         if (parts["batch"], parts["parameters"]) == (BATCH, facts["parameters"]):
             compute, source = own, "measured in this run: one process without communication"
     flops = {name: value for name, value in facts.items() if name.endswith("flops")}
-    backward = compute * facts["student_backward_flops"] / sum(flops.values())
+    beside = {
+        STUDENT: compute * facts["student_forward_flops"] / sum(flops.values()),
+        BACKWARD: compute * facts["student_backward_flops"] / sum(flops.values()),
+    }
 
-    def gpu(world: int, posterior: str, hidden: float) -> dict[str, float]:
+    def gpu(world: int, posterior: str, parts_s: dict[str, float]) -> dict[str, float]:
         sent = step_collectives(BATCH, facts["width"], CLASSES, posterior, 2, facts["parameters"])
         seconds_of = partial(cluster.seconds, world=world)
-        return predict(compute, sent if world > 1 else [], seconds_of, hidden_under_s=hidden)
+        return predict(compute, sent if world > 1 else [], seconds_of, parts_s=parts_s)
 
-    drawn = curve("GPUs, class ids", BATCH, WORLDS, partial(gpu, posterior="ids", hidden=0.0))
-    drawn += curve("GPUs, dense posteriors", BATCH, WORLDS, partial(gpu, posterior="dense", hidden=0.0))
+    drawn = curve("GPUs, class ids", BATCH, WORLDS, partial(gpu, posterior="ids", parts_s=beside))
+    drawn += curve("GPUs, dense posteriors", BATCH, WORLDS, partial(gpu, posterior="dense", parts_s=beside))
     drawn += curve(
-        "GPUs, class ids, overlapped", BATCH, WORLDS, partial(gpu, posterior="ids", hidden=backward)
+        "GPUs, class ids, nothing overlapped", BATCH, WORLDS, partial(gpu, posterior="ids", parts_s={})
     )
     assumptions = {
         "gpu_cluster": cluster.described(),
         "gpu_setting": SETTING,
         "gpu_compute": {"seconds": compute, "source": source},
         "gpu_networks": facts,
-        "gpu_backward": {"seconds": backward, "source": "its share of the FLOP, counted"},
+        "gpu_beside": {"seconds": beside, "source": "their shares of the FLOP, counted"},
         "memory_value_bytes": {"value": 2, "source": "bf16 embeddings and posteriors; class ids take 8"},
-        "overlapped": "the gradients' all-reduce passes during the backward pass as far as that lasts; DeepSpeed's "
-        "stage 0, which the other lines are of, begins it afterwards",
+        "overlapped": "the teacher's rows travel during the student's forward pass, and all gradients but the last "
+        "bucket during the backward pass, as far as these last",
         "rings": "every collective is a ring; NCCL takes trees for short all-reduces, which need fewer messages",
         "left_out": "waiting for the slowest of many processes, the data loader (it keeps up), and other traffic",
     }

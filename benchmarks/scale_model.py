@@ -5,11 +5,16 @@ rounds of a latency each, and the bytes that one process sends over its bandwidt
 NCCL's rings over NVLink inside a node, and one ring a GPU between the nodes.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import numpy as np
 
+STUDENT, BACKWARD, NEXT = "student's forward", "backward", "next step"
+"""What collectives are under way during."""
+BUCKET = 8 * 2**20
+"""Bytes of gradients that are sent together: the last of them when the backward pass is over."""
 PIECES = ("compute", "teacher rows", "small sums", "gradients", "data")
 REDUCE, GATHER = "all_reduce", "all_gather"
 
@@ -32,8 +37,8 @@ class Collective(NamedTuple):
     """REDUCE or GATHER."""
     bytes: int
     """That each process brings."""
-    waited_for: bool = True
-    """False: it is under way while the next step computes."""
+    under: str | None = None
+    """The part of the step during which it is under way; None: all wait for it at once."""
 
 
 class Point(NamedTuple):
@@ -47,7 +52,7 @@ class Point(NamedTuple):
 def step_collectives(
     batch: int, width: int, classes: int, posterior: str, value_bytes: int, parameters: int
 ) -> list[Collective]:
-    """All that a step of KDAV sends at DeepSpeed's stage 0, in order.
+    """All that a step of KDAV sends at stage 0, in the order in which it begins.
 
     Args:
         batch: images of one process.
@@ -58,12 +63,14 @@ def step_collectives(
         parameters: how many numbers are trained; their gradients are float32.
     """
     row = classes * value_bytes if posterior == "dense" else 8
+    last = min(BUCKET, 4 * parameters)
     return [
+        Collective("share of valid", "small sums", REDUCE, 4, STUDENT),
         # Embedding, posterior and whether the row is valid, in one message.
-        Collective("teacher rows", "teacher rows", GATHER, batch * (width * value_bytes + row + 1)),
-        Collective("share of valid", "small sums", REDUCE, 4),
-        Collective("gradients", "gradients", REDUCE, 4 * parameters),
-        Collective("stop votes", "small sums", REDUCE, 16, waited_for=False),
+        Collective("teacher rows", "teacher rows", GATHER, batch * (width * value_bytes + row + 1), STUDENT),
+        Collective("gradients", "gradients", REDUCE, 4 * parameters - last, BACKWARD),
+        Collective("last gradients", "gradients", REDUCE, last),
+        Collective("stop votes", "small sums", REDUCE, 16, NEXT),
     ]
 
 
@@ -145,7 +152,7 @@ def predict(
     collectives: list[Collective],
     seconds_of,
     *,
-    hidden_under_s: float = 0.0,
+    parts_s: Mapping[str, float] | None = None,
     data_s: float = 0.0,
 ) -> dict[str, float]:
     """Seconds of a step by piece.
@@ -154,14 +161,19 @@ def predict(
         compute_s: of one process, no other being waited for.
         collectives: of a step.
         seconds_of: kind and bytes to seconds.
-        hidden_under_s: how much of the gradients' time passes during the backward pass.
+        parts_s: seconds of the parts of a step during which the network works beside what computes; none where it takes
+            the same cores.
         data_s: a loader's time for a batch; it works while the step does.
     """
     pieces = dict.fromkeys(PIECES, 0.0) | {"compute": compute_s}
+    free = dict(parts_s or {})
     for one in collectives:
-        if one.waited_for:
-            pieces[one.piece] += seconds_of(one.kind, one.bytes)
-    pieces["gradients"] = max(0.0, pieces["gradients"] - hidden_under_s)
+        if one.under == NEXT or one.bytes == 0:
+            continue
+        seconds = seconds_of(one.kind, one.bytes)
+        hidden = min(seconds, free.get(one.under, 0.0))
+        free[one.under] = free.get(one.under, 0.0) - hidden
+        pieces[one.piece] += seconds - hidden
     pieces["data"] = max(0.0, data_s - sum(pieces.values()))
     return pieces
 

@@ -93,7 +93,10 @@ class Process:
         return {name: seconds / count for name, seconds in spent.items()}
 
     def calls(self) -> list[tuple[str, int]]:
-        """The collectives that one step really makes: kind and bytes that this process brings."""
+        """The collectives that one step really makes: kind and bytes that this process brings.
+
+        But those of gradients, which torch adds up out of Python's sight.
+        """
         made, originals = [], {name: getattr(dist, name) for name in ("all_reduce", "all_gather_into_tensor")}
 
         def recorded(name: str, place: int):

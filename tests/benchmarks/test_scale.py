@@ -61,20 +61,21 @@ def test_what_a_step_sends():
     )
     assert dense["teacher rows"] == 256 * (512 * 2 + 1000 * 2 + 1)
     assert ids["teacher rows"] == 256 * (512 * 2 + 8 + 1)
-    assert dense["gradients"] == 44_000_000
+    assert dense["gradients"] + dense["last gradients"] == 44_000_000
 
 
 def test_efficiency_is_1_alone_and_falls_with_every_node():
     cluster = scale_model.GpuCluster()
     sent = scale_model.step_collectives(256, 512, 1000, "dense", 2, 11_000_000)
 
-    def pieces(world, hidden):
+    def pieces(world, parts_s):
         needed, seconds = sent if world > 1 else [], partial(cluster.seconds, world=world)
-        return scale_model.predict(0.03, needed, seconds, hidden_under_s=hidden)
+        return scale_model.predict(0.03, needed, seconds, parts_s=parts_s)
 
     worlds = [2**power for power in range(11)]
+    beside = {scale_model.STUDENT: 0.005, scale_model.BACKWARD: 0.01}
     plain, overlapped = (
-        scale_model.curve("", 256, worlds, partial(pieces, hidden=hidden)) for hidden in (0.0, 0.01)
+        scale_model.curve("", 256, worlds, partial(pieces, parts_s=parts_s)) for parts_s in ({}, beside)
     )
     efficiency = [row["efficiency"] for row in plain]
     assert efficiency[0] == 1
@@ -82,6 +83,22 @@ def test_efficiency_is_1_alone_and_falls_with_every_node():
     assert all(a["efficiency"] >= b["efficiency"] for a, b in zip(overlapped, plain, strict=True))
     assert plain[0]["images_per_s"] == pytest.approx(256 / 0.03)
     assert all(sum(row["pieces_s"].values()) == pytest.approx(row["step_s"]) for row in plain)
+
+
+def test_what_the_network_does_beside_the_step_costs_what_is_left_over():
+    sent = scale_model.step_collectives(256, 512, 1000, "ids", 2, 11_000_000)
+    needed = {one.what: one.bytes for one in sent}
+
+    def pieces(**parts_s):
+        return scale_model.predict(1.0, sent, lambda kind, size: 1e-9 * size, parts_s=parts_s)
+
+    both = {scale_model.STUDENT: 1.0, scale_model.BACKWARD: 0.01}
+    late = 1e-9 * (needed["gradients"] + needed["last gradients"]) - 0.01
+    assert pieces(**both)["gradients"] == pytest.approx(late)
+    assert pieces(**both)["teacher rows"] == pieces(**both)["small sums"] == 0
+    assert pieces()["gradients"] == pytest.approx(0.044)
+    everything = {scale_model.STUDENT: 1.0, scale_model.BACKWARD: 1.0}
+    assert pieces(**everything)["gradients"] == pytest.approx(1e-9 * scale_model.BUCKET)
 
 
 def test_a_slow_loader_is_waited_for_only_as_long_as_the_step_is_shorter():
@@ -116,7 +133,7 @@ def test_the_model_counts_the_collectives_that_a_step_makes(tmp_path, monkeypatc
     scale_groups.write_recipe(tmp_path, options)
     texts = processes.run([__file__, str(tmp_path)], 2)
     for calls, facts in (json.loads(text.splitlines()[-1]) for text in texts):
-        expected = scale_model.step_collectives(**facts)
+        expected = [one for one in scale_model.step_collectives(**facts) if one.piece != "gradients"]
         assert [tuple(call) for call in calls] == [(one.kind, one.bytes) for one in expected]
 
 
