@@ -103,9 +103,9 @@ def _data_pipeline(data: dict) -> list[Table]:
 
 
 def _reading(data: dict) -> list[Table]:
-    head = ["way", "main thread", "images/s", "20 %", "80 %", "its work ms", "lost ms a batch"]
-    keys = ("median_images_per_s", "p20_images_per_s", "p80_images_per_s", "median_work_ms", "median_lost_ms")
-    rows = [[row["way"], row["main"], *(number(row[key]) for key in keys)] for row in data["rows"]]
+    head = ["way", "main thread", "images/s", "20 %", "80 %", "work alone ms a batch", "lost ms"]
+    keys = ("median_images_per_s", "p20_images_per_s", "p80_images_per_s", "work_alone_ms", "lost_ms")
+    rows = [[row["way"], row["main"], *(number(row.get(key)) for key in keys)] for row in data["rows"]]
     return [Table("Reading files and handing them over", head, rows)]
 
 

@@ -21,6 +21,11 @@ def test_its_medians_and_ratios_are_those_of_its_rounds(tmp_path):
     assert len(rates) == 3 + 6 * 3
     medians = {(row["way"], row["main"]): row["median_images_per_s"] for row in result["rows"]}
     assert medians == {key: pytest.approx(np.median(found)) for key, found in rates.items()}
+    for row in result["rows"]:
+        found = [one for one in result["rounds"] if (one["way"], one["main"]) == (row["way"], row["main"])]
+        if row["main"] != "idle":
+            lost = [1e3 * (one["batch_s"] - one["work_alone_s"]) for one in found]
+            assert row["lost_ms"] == pytest.approx(np.median(lost))
     for main, end in (("python", ""), ("launches", " into DALI"), ("idle", ", decoded")):
         quotients = np.divide(rates[f"process{end}", main], rates[f"threads{end}", main])
         assert result["process_over_threads"][f"{main}{end}"] == pytest.approx(np.median(quotients))

@@ -70,7 +70,7 @@ def folder(tmp_path):
     times = {"eager fp32": 0.8, "eager bf16": 0.9, "compile": 0.6, "chunked": 0.5}
     write(tmp_path, "loss_kernel_cpu", {"rows": loss_rows("B256 d512 L65536 K1000", times)})
     write(tmp_path, "data_pipeline_cpu", loader_rows())
-    read = {"way": "process", "main": "launches", "median_work_ms": 16.1, "median_lost_ms": 0.5}
+    read = {"way": "process", "main": "launches", "work_alone_ms": 16.1, "lost_ms": 0.5}
     rates = {f"{name}_images_per_s": 15000.0 for name in ("median", "p20", "p80")}
     write(tmp_path, "reading_cpu", {"rows": [read | rates]})
     missed = {
