@@ -199,7 +199,7 @@ class _Server:
         """One file after the other while they come from the system's cache; the rest together once they do not."""
         for first in range(0, len(batch), _CHUNK):
             if first and self._abandoned():
-                sys.exit()
+                os._exit(0)  # without waiting for threads
             waited = resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
             for number in range(first, min(first + _CHUNK, len(batch))):
                 batch.read(number)
