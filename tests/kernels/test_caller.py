@@ -11,7 +11,7 @@ from kdav_fast.distillers.kd import soft_target_kl
 from kdav_fast.distillers.simkd import feature_mse
 
 from .golden import load_case
-from .inputs import DEVICE, make_inputs
+from .inputs import DEVICE, make_inputs, values_and_gradient
 from .test_golden import relative_error
 
 QUICK = ["auto", "reference", "chunked", "triton"]
@@ -227,3 +227,67 @@ def test_without_a_gradient(impl):
         loss = kdav_loss(student.requires_grad_(), *rest, impl=impl).loss
     torch.testing.assert_close(loss, expected)
     assert not loss.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_a_caller_that_is_compiled_whole(impl, fresh_compiler):
+    """As one graph, the loss and its gradient within."""
+    student, *rest = float32_inputs()
+
+    def step(z):
+        return 3 * kdav_loss(2 * z, *rest, impl=impl).loss
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        z = student.clone().requires_grad_()
+        loss = function(z)
+        results.append([loss.detach(), *torch.autograd.grad(loss, z)])
+    for expected, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, expected)
+
+
+ON_A_GPU = ["chunked", "triton"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("impl", ON_A_GPU)
+@pytest.mark.parametrize("ids", [False, True], ids=["dense", "ids"])
+def test_tensors_on_another_device_than_the_current_one(impl, ids):
+    first, second = (
+        values_and_gradient(
+            kdav_loss, make_inputs(ids=ids, dtype=torch.float32, device=f"cuda:{index}"), impl=impl
+        )
+        for index in (0, 1)
+    )
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("impl", ON_A_GPU)
+@pytest.mark.parametrize("ids", [False, True], ids=["dense", "ids"])
+def test_a_cuda_graph_takes_it_and_nothing_waits_for_the_device(impl, ids):
+    student, *rest = make_inputs(256, 64, 5000, 100, ids=ids, dtype=torch.bfloat16, device="cuda")
+    filled = torch.tensor(4000, device="cuda")
+    z = student.requires_grad_()
+
+    def step():
+        return torch.autograd.grad(kdav_loss(z, *rest, filled, impl=impl).loss, z)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()  # compiles the kernels
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            expected = step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    graph.replay()
+    assert torch.equal(result, expected)
