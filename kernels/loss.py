@@ -72,7 +72,7 @@ def kdav_loss(
             picks by device, shape and dtype: see `dispatch.explain_choice`. Only "reference" has second derivatives
             (`create_graph=True`) and forward-mode ones; "auto" and "compile" take it under torch.func.
         workspace_bytes: most that "chunked" allocates for a slice of the memory, besides statistics of
-            10 (d + K) values a batch row. `None` means half of a GPU's L2 cache, 64 MiB on a CPU.
+            10 (d + K) values a batch row. `None` means 3/4 of a GPU's L2 cache, 64 MiB on a CPU.
         memory_order: `class_order` of these class ids and this `filled`, for "triton", which sorts them itself if it is
             `None`: worth it for several losses of one push. The other implementations do not need it.
 
