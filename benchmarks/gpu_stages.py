@@ -41,7 +41,7 @@ def _accuracy(options: Options) -> Arguments:
 _SMALL_STEP = ["--teacher=cifar:resnet8", "--student=cifar:resnet8", "--image-size=16", "--batch-size=8"]
 _SMALL_STEP += ["--memory-length=64"]
 PARTS = {
-    "check": Part(120, lambda options: ["--preset=full"], lambda options: ["--preset=tiny"]),
+    "check": Part(300, lambda options: ["--preset=full"], lambda options: ["--preset=tiny"]),
     "loss_kernel": Part(
         420, lambda options: ["--seconds=0.3"], lambda options: ["--preset=tiny", "--seconds=0.02"]
     ),
@@ -107,7 +107,7 @@ PARTS = {
         packages=("pydantic", "deepspeed"),
     ),
     "gpu_tests": Part(
-        400,
+        540,
         lambda options: [],
         lambda options: ["--files", "tests/kernels/test_accuracy.py", "tests/train/test_gpu_runs.py"],
         packages=("pytest",),

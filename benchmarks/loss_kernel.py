@@ -81,8 +81,10 @@ PRESETS = {
 }
 
 
-def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """The one set-up: speed, memory and error are all taken on these tensors."""
+def make_inputs(
+    shape: Shape, dtype: torch.dtype, device: torch.device, memory_dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """The one set-up: speed, memory and error are all taken on these tensors. The memory's dtype may be another."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -95,7 +97,8 @@ def make_inputs(shape: Shape, dtype: torch.dtype, device: torch.device) -> list[
     memory = F.normalize(normal(shape.length, shape.width), dim=1)
     student, teacher = normal(shape.batch, shape.width), normal(shape.batch, shape.width)
     logits = 3 * normal(shape.batch, shape.classes)
-    tensors = [t.to(dtype) for t in (student, teacher, logits, memory)]
+    tensors = [t.to(dtype) for t in (student, teacher, logits)]
+    tensors.append(memory.to(memory_dtype or dtype))
     tensors[0].requires_grad_()
     return [*tensors, posterior]
 
@@ -126,32 +129,35 @@ def eager_loss(*tensors: Tensor) -> Tensor:
 class Implementation(NamedTuple):
     dtype: torch.dtype
     """Of the inputs."""
+    memory: torch.dtype
+    """Of the memory's rows."""
     loss: Callable[..., Tensor]
 
 
 @cache
 def implementations(device: torch.device, compiled: bool) -> dict[str, Implementation]:
-    """By name. Fused implementations take bfloat16 on a GPU, float32 on a CPU."""
+    """By name. Fused implementations take what training has: on a GPU bfloat16, with a float16 memory of unit rows."""
 
     def fused(impl: str) -> Implementation:
         def loss(*tensors: Tensor) -> Tensor:
             # A tensor, as `TeacherMemory.filled` is: its value is unknown to the host.
             return kdav_loss(*tensors, filled_rows(device, len(tensors[3])), **SETTINGS, impl=impl).loss
 
-        return Implementation(fast, loss)
+        return Implementation(fast, torch.float16 if on_gpu else fast, loss)
 
     on_gpu = device.type == "cuda"
     fast = torch.bfloat16 if on_gpu else torch.float32
     table = {
         "eager fp32": Implementation(
-            torch.float32, lambda *tensors: kdav_loss(*tensors, **SETTINGS, impl="reference").loss
+            *(torch.float32, torch.float32),
+            lambda *tensors: kdav_loss(*tensors, **SETTINGS, impl="reference").loss,
         ),
-        "eager bf16": Implementation(torch.bfloat16, eager_loss),
+        "eager bf16": Implementation(torch.bfloat16, torch.bfloat16, eager_loss),
     }
     if compiled:
         torch._dynamo.config.recompile_limit = 64  # one function, all shapes
         tuned = torch.compile(eager_loss, mode="max-autotune" if on_gpu else None, dynamic=False)
-        table["compile"] = Implementation(fast, tuned)
+        table["compile"] = Implementation(fast, fast, tuned)
     table["chunked"] = fused("chunked")
     return table | ({"triton": fused("triton")} if on_gpu else {})
 
@@ -223,17 +229,14 @@ def measure(
     }
     if not table:
         return
-    inputs = {
-        dtype: make_inputs(shape, dtype, device)
-        for dtype in (torch.float32, *(one.dtype for one in table.values()))
-    }
+    exact = (torch.float32, torch.float32)
+    kinds = [exact, *(one[:2] for one in table.values())]
+    inputs = {kind: make_inputs(shape, kind[0], device, kind[1]) for kind in kinds}
     whole = what == "full"
-    truth, against = (
-        true_gradient(shape, inputs[torch.float32], device.type == "cuda") if whole else (None, "")
-    )
+    truth, against = true_gradient(shape, inputs[exact], device.type == "cuda") if whole else (None, "")
     makers, figures = {}, {}
-    for name, (dtype, loss) in table.items():
-        make = partial(make_pass, loss, inputs[dtype], what)
+    for name, one in table.items():
+        make = partial(make_pass, one.loss, inputs[one[:2]], what)
         try:
             with record.attempt(f"{shape} {what} {name}"):
                 for _ in range(WARM_UP):

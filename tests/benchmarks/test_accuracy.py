@@ -162,6 +162,17 @@ def test_what_an_earlier_attempt_trained_is_found_and_nothing_else(tmp_path):
     assert accuracy.Log(file, ["teacher", {"width": 1.0}]).find(first) is None
 
 
+def test_a_line_that_a_kill_cut_in_half_costs_only_itself(tmp_path):
+    one, two, three, *_ = tasks(PRESETS["cpu"], "torch")
+    file = tmp_path / "students.jsonl"
+    for task in (one, two):
+        accuracy.Log(file, []).add(task, {"top1": 50.0})
+    file.write_bytes(file.read_bytes()[:-20])
+    accuracy.Log(file, []).add(three, {"top1": 60.0})
+    again = accuracy.Log(file, [])
+    assert [again.find(task) is not None for task in (one, two, three)] == [True, False, True]
+
+
 @pytest.mark.slow
 def test_a_small_run_is_finished_by_the_same_command(folder):
     arguments = ["--device=cpu", f"--root={folder}/images", f"--teacher={folder}/teacher.safetensors"]
