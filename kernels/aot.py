@@ -48,6 +48,8 @@ NARROW: dict[str, Narrow] = {
     "chunked_slope_kernel ids": Narrow(once=20),
     # One row number of the class order each, of two rows in float32.
     "membership_kernel ids": Narrow(in_loops=2),
+    # Class ids, one a thread.
+    "class_order_kernel": Narrow(once=16, in_loops=12),
     # Logits, 16 a thread three times: the rows of K values may start anywhere.
     "divergence_kernel": Narrow(once=24, in_loops=48),
 }

@@ -14,7 +14,6 @@ import triton
 from torch import Tensor
 
 from kdav_fast.kernels import chunked_gpu, triton_chunk, triton_kdav, triton_kernels
-from kdav_fast.kernels.class_order import class_order
 from kdav_fast.kernels.records import Settings
 
 POINTERS = {
@@ -147,11 +146,10 @@ def fused_launches(case: Case) -> None:
     # Tensors without values: no product has to be computed.
     inputs = [tensor.to("meta") for tensor in case.inputs()]
     filled = None if case.filled is None else case.filled.to("meta")
-    order = class_order(inputs[4], case.classes) if case.ids else (None, None)
     bound = triton_kdav.LARGEST_BOUND
     for kappa in (bound, 2 * bound) if case.name == "masked" else (bound,):
         numbers = triton_kdav.Settings(kappa, kappa, 1.0, 1e-8, 1.0, 1.0)
-        loss, _, _, *saved = triton_kdav.launch_forward(*inputs, filled, *order, *numbers)
+        loss, _, _, *saved = triton_kdav.launch_forward(*inputs, filled, None, None, *numbers)
         student, _, _, memory, posterior = inputs
         upstream = torch.ones((), device="meta").expand_as(loss)
         triton_kdav.launch_backward(

@@ -15,7 +15,8 @@ from torch import Tensor, library
 
 from kdav_fast.kernels import triton_kernels as kernels
 from kdav_fast.kernels.caller import on_device, without_autocast
-from kdav_fast.kernels.class_order import ClassOrder, class_order
+from kdav_fast.kernels.class_order import ClassOrder
+from kdav_fast.kernels.triton_order import order_on_gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # |s| <= kappa, since rows of the memory are unit: up to here exp(s - kappa) is far from float32's smallest number.
@@ -115,10 +116,6 @@ def triton_terms(
     used = filled if isinstance(filled, Tensor) else None
     if used is None:
         memory, posterior = memory[:filled], posterior[:filled]
-    if posterior.ndim == 2:
-        memory_order = None
-    elif memory_order is None:
-        memory_order = class_order(posterior, logits.shape[1], used)
     order, starts = (None, None) if memory_order is None else memory_order
     settings = Settings(kappa_student, kappa_teacher, temperature, eps, weight_membership, weight_prediction)
     terms = fused_forward if torch.compiler.is_compiling() else _FusedTerms.apply
@@ -235,6 +232,8 @@ def launch_forward(
         ceiling = {"BOUNDED": bounded, "BLOCK_P": triton.next_power_of_2(top_parts)}
 
         ids = posterior.ndim == 1
+        if ids and order is None:
+            order, starts = order_on_gpu(posterior, classes, filled)
         parts, step = memory_parts(length, rows, classes, blocks, ids)
         partial = empty(3 if ids else 4, parts, rows)
         weights = similarity if ids else empty(length, rows, dtype=classed)

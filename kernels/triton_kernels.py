@@ -58,6 +58,55 @@ def _used_rows(filled, length, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _class_ids(ids, item, used, classes):
+    """Class ids of these rows; `classes` for rows that are not in use or are of no class."""
+    found = tl.load(ids + item, used, -1).to(tl.int32)
+    return tl.where((found >= 0) & (found < classes), found, classes)
+
+
+@triton.jit
+def class_counts_kernel(
+    ids, filled, counts, length, classes, chunks,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """counts[class, chunk]: how many of a chunk of BLOCK rows are of each class."""
+    chunk = tl.program_id(0)
+    item = chunk * BLOCK + tl.arange(0, BLOCK)
+    found = _class_ids(ids, item, item < _used_rows(filled, length, MASKED), classes)
+    class_id = tl.arange(0, BINS)
+    tl.store(counts + class_id * chunks + chunk, tl.histogram(found, BINS), class_id < classes)
+
+
+@triton.jit
+def class_order_kernel(
+    ids, filled, counts, ends, order, starts, length, classes, chunks,
+    MASKED: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+):  # fmt: skip
+    """Writes each row of a chunk to its place in the order: after those of its class in earlier chunks and in its own.
+
+    ends is the running sum of counts, class by class; starts[class] is what it is before the class.
+    """
+    chunk = tl.program_id(0)
+    item = chunk * BLOCK + tl.arange(0, BLOCK)
+    used_rows = _used_rows(filled, length, MASKED)
+    found = _class_ids(ids, item, item < used_rows, classes)
+    rank = tl.zeros([BLOCK], tl.int32)
+    for first in range(0, BLOCK, PART):
+        other = chunk * BLOCK + first + tl.arange(0, PART)
+        same = _class_ids(ids, other, other < used_rows, classes)[None, :] == found[:, None]
+        rank += tl.sum((same & (other[None, :] < item[:, None])).to(tl.int32), 1)
+    kept = found < classes
+    cell = found * chunks + chunk
+    place = tl.load(ends + cell, kept, 0) - tl.load(counts + cell, kept, 0) + rank
+    tl.store(order + place, item, kept)
+    for first in range(chunk * BLOCK, classes + 1, chunks * BLOCK):
+        class_id = first + tl.arange(0, BLOCK)
+        inside = class_id <= classes
+        start = tl.load(ends + class_id * chunks - 1, inside & (class_id > 0), 0)
+        tl.store(starts + class_id, start, inside)
+
+
+@triton.jit
 def maximum_kernel(
     similarity, filled, maximum, length, rows, step,
     MASKED: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_B: tl.constexpr,

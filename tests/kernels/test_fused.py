@@ -10,7 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 from kdav_fast import kdav_loss
 from kdav_fast.kernels import triton_kdav
 from kdav_fast.kernels.class_order import class_order
+from kdav_fast.kernels.sorted_order import sorted_order
 from kdav_fast.kernels.triton_kdav import Settings, fused_backward, fused_forward
+from kdav_fast.kernels.triton_order import order_on_gpu
 
 from .inputs import DEVICE, make_inputs, values_and_gradient
 
@@ -76,9 +78,9 @@ def test_torch_compile_takes_a_caller_whole(ids, tensor_filled, fresh_compiler):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("kappa", [10.0, 100.0])
+@pytest.mark.parametrize(("kappa", "given"), [(10.0, False), (100.0, True)])
 @both_posteriors
-def test_launches_are_those_that_the_documentation_counts(ids, kappa, monkeypatch):
+def test_launches_are_those_that_the_documentation_counts(ids, kappa, given, monkeypatch):
     """docs/kernels.md: kernels and products of one loss, forward and backward."""
     launched = []
 
@@ -94,13 +96,13 @@ def test_launches_are_those_that_the_documentation_counts(ids, kappa, monkeypatc
     for name in [name for name in vars(kernels) if name.endswith("_kernel")]:
         monkeypatch.setattr(kernels, name, Counted(getattr(kernels, name), name))
     student, *rest = float32_inputs(3, 6, 20, 4, ids=ids)
-    order = class_order(rest[3], 4) if ids else None
+    order = class_order(rest[3], 4) if ids and given else None
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         loss = kdav_loss(
             student.requires_grad_(), *rest, impl="triton", kappa_student=kappa, memory_order=order
         ).loss
         loss.backward()
-    assert len(launched) == (5 if kappa <= 30 else 6)
+    assert len(launched) == (5 if kappa <= 30 else 6) + 2 * (ids and not given)
     products = [event for event in profiler.events() if event.name in ("aten::mm", "aten::addmm")]
     assert len(products) == (2 if ids else 4)
 
@@ -111,23 +113,25 @@ def expected_order(ids, classes, filled):
     return rows, [sum(counts[:k]) for k in range(classes + 1)]
 
 
-@settings(deadline=None, max_examples=40)
-@given(
-    ids=st.lists(st.integers(-1, 7), min_size=1, max_size=40),
-    share=st.floats(0.0, 1.0),
-    as_tensor=st.booleans(),
-)
-def test_class_order(ids, share, as_tensor):
-    """Ids that are no class (-1, 6, 7) and rows beyond `filled` are in no segment."""
-    filled = max(1, int(share * len(ids)))
-    given_filled = torch.tensor(filled, device=DEVICE) if as_tensor else filled
-    order = class_order(torch.tensor(ids, device=DEVICE), 6, given_filled)
-    rows, starts = expected_order(ids, 6, filled)
-    # Ids below 0 come first.
-    before = int(order.starts[0])
-    assert (order.starts - before).tolist() == starts
-    assert order.rows[before : before + len(rows)].tolist() == rows
-    assert sorted(order.rows.tolist()) == list(range(len(ids)))
+@pytest.mark.parametrize("sort", [class_order, order_on_gpu, sorted_order])
+def test_class_order(sort):
+    """Ids that are no class (-1, 6, 7) and rows beyond `filled` are in no segment; more rows than a program's."""
+
+    @settings(deadline=None, max_examples=15, derandomize=True)
+    @given(
+        length=st.integers(1, 600), share=st.floats(0.0, 1.0), masked=st.booleans(), seed=st.integers(0, 99)
+    )
+    def agrees(length, share, masked, seed):
+        ids = torch.randint(-1, 8, (length,), generator=torch.Generator().manual_seed(seed))
+        filled = max(1, int(share * length)) if masked else length
+        used = torch.tensor(filled, device=DEVICE) if masked else None
+        found, begins = sort(ids.to(DEVICE), 6, used)
+        rows, starts = expected_order(ids.tolist(), 6, filled)
+        first = int(begins[0])
+        assert (begins - first).tolist() == starts
+        assert found[first : first + len(rows)].tolist() == rows
+
+    agrees()
 
 
 @both_posteriors
@@ -173,7 +177,7 @@ def test_a_tiny_class_beside_a_large_one():
     torch.testing.assert_close(measured.prediction_kl.double(), truth.prediction_kl, rtol=2e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("filled", [1, 2, 49])
+@pytest.mark.parametrize("filled", [1, 30])
 @both_posteriors
 def test_rows_beyond_filled_do_not_count(ids, filled):
     inputs = float32_inputs(4, 9, 50, 6, ids=ids)
