@@ -1,15 +1,18 @@
 """Golden vectors: published methods' losses and gradients in float64, from their authors' code."""
 
+import os
+from pathlib import Path
+
 import numpy as np
 
 from tests.kernels.golden import REPOSITORY
 
-FOLDER = REPOSITORY.parent / "shared" / "golden" / "methods"
-"""Beside the repository where they are at hand."""
+FOLDER = Path(os.environ.get("KDAV_GOLDEN_METHODS", REPOSITORY / "tests" / "golden" / "methods"))
+"""Holds `NAME_1.npz`, `NAME_2.npz` and so on; another folder of the same kind may be named instead."""
 
 
 def golden_cases(method: str) -> list[str]:
-    """The cases of a method; none where they are not at hand."""
+    """The cases of a method."""
     return [path.stem for path in sorted(FOLDER.glob(f"{method}_*.npz"))]
 
 
