@@ -1,0 +1,1 @@
+"""What methods on feature maps and embeddings have in common."""
