@@ -1,0 +1,94 @@
+"""Methods on features against their authors' code in float64: values, and gradients to inputs and weights."""
+
+import pytest
+import torch
+from torch import nn
+
+from kdav_fast.distillers.base import Shapes
+from tests.distillers.feature_case import FeatureCase
+from tests.distillers.golden import golden_cases
+
+RECIPE = {"weight_cls": "weight_label", "weight_div": "weight_kl", "weight_feature": "weight_feature"}
+"""Settings of the recipe that most share, and keys of our sections."""
+
+
+def recipe(case):
+    keys = {key: case.hyper(name) for name, key in RECIPE.items() if f"hyper_{name}" in case}
+    if "hyper_temperature_div" in case:
+        keys["temperature"] = case.hyper("temperature_div")
+    return keys
+
+
+def shapes(name, stages=(), features=1):
+    return Shapes(name, features, tuple(tuple(stage.shape[1:]) for stage in stages))
+
+
+def staged(case, who, numbered):
+    return case.numbered(f"{who}_feature") if numbered else (case[f"{who}_feature"],)
+
+
+def run_on_maps(case, method, numbered, names, prefix=None, **keys):
+    """A method that compares maps alone."""
+    student, teacher = (staged(case, who, numbered) for who in ("student", "teacher"))
+    facts = case.facts(shapes("student", student), shapes("teacher", teacher))
+    distiller = case.build(method, facts, **recipe(case), **keys)
+    for name, one in distiller.learned().items():
+        case.load(name, one.module)
+    losses = case.run(
+        distiller, case.outputs("student", stages=student), case.outputs("teacher", stages=teacher)
+    )
+    case.check(losses.total, losses.parts, names={"cross_entropy": "ce", **names})
+    return distiller
+
+
+@pytest.mark.parametrize("name", golden_cases("FitNets"))
+def test_fitnets(name):
+    run_on_maps(FeatureCase(name), "fitnets", False, {"hint_mse": "loss_hint"}, stage=-1)
+
+
+@pytest.mark.parametrize("name", golden_cases("AT"))
+def test_at(name):
+    run_on_maps(FeatureCase(name), "at", True, {"attention_mse": "loss_at"})
+
+
+@pytest.mark.parametrize("name", golden_cases("VID"))
+def test_vid(name):
+    case = FeatureCase(name)
+    distiller = run_on_maps(case, "vid", True, {"variational_nll": "loss_vid"})
+    fresh = case.build(
+        "vid",
+        case.facts(
+            shapes("s", case.numbered("student_feature")), shapes("t", case.numbered("teacher_feature"))
+        ),
+    )
+    first = fresh.learned()["vid"].module[0].log_scale
+    torch.testing.assert_close(first, case["init_log_scale"].to(first.dtype)[: len(first)])
+    assert len(distiller.learned()["vid"].module) == len(case.numbered("student_feature"))
+
+
+@pytest.mark.parametrize("setting", ["", "_toolbox"])
+@pytest.mark.parametrize("name", golden_cases("SRRL"))
+def test_srrl(name, setting):
+    case = FeatureCase(name, setting)
+    head = case.load("teacher_head", nn.Linear(*case["teacher_head.weight"].shape[::-1]))
+    teacher_map = case["teacher_feature"]
+    teacher = case.outputs("teacher", teacher_map.mean((2, 3)), [teacher_map])
+    if setting:
+        student = case.outputs(
+            "student", case["student_embedding_toolbox"], [case["student_feature"].detach()]
+        )
+        keys, names = {"connector": "pooled", "weight_kl": 1.0}, {"soft_target_kl": "loss_div_toolbox"}
+    else:
+        student = case.outputs("student", stages=[case["student_feature"]])
+        keys = {f"weight_{part}": case.hyper(f"weight_{part}") for part in ("statistics", "regression")}
+        names = {"statistics_mse": "loss_statistics", "regression_mse": "loss_regression"}
+    facts = case.facts(
+        shapes("student", student.stages, student.features.shape[1]),
+        shapes("teacher", teacher.stages),
+        teacher_classifier=head,
+    )
+    distiller = case.build("srrl", facts, **keys)
+    case.load("connector.Connectors", distiller.learned()["connector"].module)
+    losses = case.run(distiller, student, teacher)
+    case.check(losses.total, losses.parts, names={"cross_entropy": "ce", **names})
+    assert all(parameter.grad is None for parameter in head.parameters())
