@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kdav_fast.distillers.base import Shapes
+from kdav_fast.distillers.reviewkd import hierarchical_context
 from tests.distillers.feature_case import FeatureCase
 from tests.distillers.golden import golden_cases
 
@@ -92,3 +93,28 @@ def test_srrl(name, setting):
     losses = case.run(distiller, student, teacher)
     case.check(losses.total, losses.parts, names={"cross_entropy": "ce", **names})
     assert all(parameter.grad is None for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("name", golden_cases("ReviewKD"))
+def test_reviewkd(name):
+    case = FeatureCase(name)
+    student, teacher = (case.numbered(f"{who}_feature") for who in ("student", "teacher"))
+    if "ce" not in case:  # the loss alone, of maps that are no squares
+        loss = case.hyper("weight_feature") * sum(map(hierarchical_context, student, teacher)).mean()
+        case.check(loss, {}, names={})
+        return
+    *student_maps, student_pooled = student
+    *teacher_maps, teacher_pooled = teacher
+    facts = case.facts(*(shapes("either", maps[:-1], maps[-1].shape[1]) for maps in (student, teacher)))
+    width = int(case.hyper("mid_channel"))
+    distiller = case.build("reviewkd", facts, stages=len(student_maps), width=width, **recipe(case))
+    for number, fusion in enumerate(distiller.learned()["review"].module.abf):
+        case.load(f"abf_{number}", fusion)
+    losses = case.run(
+        distiller,
+        case.outputs("student", student_pooled.flatten(1), student_maps),
+        case.outputs("teacher", teacher_pooled.flatten(1), preactivations=teacher_maps),
+        epoch=20 * case.hyper("warmup_factor") + 0.5,
+    )
+    names = {"cross_entropy": "ce", "review_hcl": "loss_hcl"}
+    case.check(losses.total, losses.parts, names=names)
