@@ -152,7 +152,7 @@ def kd_loss(student: Tensor, teacher: Tensor, hard: Tensor, config: MethodConfig
     log_p = F.log_softmax(student / config.temperature, dim=1)
     log_q = F.log_softmax(teacher / config.temperature, dim=1)
     soft = config.temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    return (1 - config.alpha) * hard + config.alpha * soft
+    return config.weight_label * hard + config.weight_kl * soft
 
 
 def lr_factor(config: Config, step: int, steps: int, epoch_steps: int) -> float:

@@ -158,6 +158,13 @@ def mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, rows, 0.0).sum() / valid.sum().clamp(min=1)
 
 
+def sum_of_parts(parts: dict[str, tuple[float, Tensor]], valid: Tensor) -> Losses:
+    """Of several parts, each by its name, a weight and B rows: the sum of weight times mean over the valid rows."""
+    means = {name: mean_over_valid(rows, valid) for name, (_, rows) in parts.items()}
+    total = sum(weight * means[name] for name, (weight, _) in parts.items())
+    return Losses(total, {name: mean.detach() for name, mean in means.items()})
+
+
 def widened(tensor: Tensor) -> Tensor:
     """Half precision to float32; other tensors as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -5,11 +5,10 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.method import MethodConfig
 from kdav_fast.config.section import NonNegative, Temperature
 from kdav_fast.data.batch import Batch
-from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, mean_over_valid, widened
-from kdav_fast.distillers.kd import soft_target_kl
+from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, sum_of_parts, widened
+from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import ReusedClassifierHead
@@ -27,7 +26,7 @@ class SimKD(Distiller):
     the pooled features are projected, so that the exported student keeps its stock architecture.
     """
 
-    class Config(MethodConfig):
+    class Config(SoftenedConfig):
         """The teacher's classifier on features trained to be the teacher's."""
 
         uses_labels: ClassVar[bool] = False
@@ -42,12 +41,16 @@ class SimKD(Distiller):
         def _combinations(self) -> Self:
             if self.weight_feature == 0 and self.weight_kl == 0:
                 raise ValueError("distiller.weight_feature and distiller.weight_kl are both 0; raise one")
+            if self.weight_kl == 0 and self.standardize_logits:
+                raise ValueError(
+                    "distiller.standardize_logits is of the KL term, which distiller.weight_kl leaves out; raise that, "
+                    "or set distiller.standardize_logits=false"
+                )
             return self
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.weight_feature, self.weight_kl = config.weight_feature, config.weight_kl
-        self.temperature = config.temperature
+        self.config = config
         classifier = facts.teacher_classifier
         if classifier is None:
             raise InputError(
@@ -69,14 +72,15 @@ class SimKD(Distiller):
         learned: dict[str, nn.Module],
         progress: Progress,
     ) -> Losses:
-        feature = mean_over_valid(feature_mse(student.embedding, teacher.features), batch.valid)
-        total, parts = self.weight_feature * feature, {"feature_mse": feature.detach()}
-        if self.weight_kl > 0:
+        config = self.config
+        feature = feature_mse(student.embedding, teacher.features)
+        parts = {"feature_mse": (config.weight_feature, feature)}
+        if config.weight_kl > 0:
             # The student's logits carry no gradient to its embedding.
             logits = self._head.classify(student.embedding)
-            kl = mean_over_valid(soft_target_kl(logits, teacher.logits, self.temperature), batch.valid)
-            total, parts["soft_target_kl"] = total + self.weight_kl * kl, kl.detach()
-        return Losses(total, parts)
+            softened = (config.prepared(each) for each in (logits, teacher.logits))
+            parts["soft_target_kl"] = (config.weight_kl, soft_target_kl(*softened, config.temperature))
+        return sum_of_parts(parts, batch.valid)
 
 
 METHOD = SimKD

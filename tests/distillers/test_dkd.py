@@ -8,7 +8,7 @@ import torch
 from kdav_fast.config.loading import load_config
 from kdav_fast.distillers.base import Progress
 from kdav_fast.distillers.dkd import decoupled_kl
-from kdav_fast.distillers.kd import soft_target_kl
+from kdav_fast.distillers.terms.softened import soft_target_kl
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from tests.distillers.golden import golden_cases, load_golden
@@ -127,5 +127,5 @@ def test_what_it_does_not_go_with(build):
         load_config(None, [*taught, "train.mixup=0.2"])
     with pytest.raises(InputError, match="distiller.alpha and distiller.beta are both 0; raise one"):
         load_config(None, [*taught, "distiller.alpha=0", "distiller.beta=0"])
-    with pytest.raises(InputError, match="the data have one class; use distiller.name=kd"):
+    with pytest.raises(InputError, match="the data have one class; use distiller.name=none"):
         build("dkd", {"classes": 1})
