@@ -25,10 +25,13 @@ class FeatureCase:
     Args:
         name: such as "AT_1".
         suffix: of a further setting, such as "_cifar", whose totals and gradients are then meant.
+        prefix: of a further step, such as "second_", whose arrays take the place of the first one's.
     """
 
-    def __init__(self, name: str, suffix: str = "") -> None:
-        self.arrays, self.suffix = load_golden(name), suffix
+    def __init__(self, name: str, suffix: str = "", prefix: str = "") -> None:
+        arrays, self.suffix = load_golden(name), suffix
+        later = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
+        self.arrays = arrays | later
         self._tensors: dict[str, Tensor] = {}
         self._modules: dict[str, nn.Module] = {}
 
@@ -63,6 +66,7 @@ class FeatureCase:
         missing = module.double().train().load_state_dict(state, strict=False)
         assert not missing.unexpected_keys
         assert all(key.endswith("num_batches_tracked") for key in missing.missing_keys), missing
+        module.zero_grad()
         self._modules[prefix] = module
         return module
 

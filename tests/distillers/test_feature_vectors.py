@@ -1,5 +1,6 @@
 """Methods on features against their authors' code in float64: values, and gradients to inputs and weights."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -118,3 +119,36 @@ def test_reviewkd(name):
     )
     names = {"cross_entropy": "ce", "review_hcl": "loss_hcl"}
     case.check(losses.total, losses.parts, names=names)
+
+
+@pytest.mark.parametrize("name", golden_cases("CRD"))
+def test_crd(name, monkeypatch):
+    """Two steps: of the second, Z and the memories are those that the first one left."""
+    case = FeatureCase(name)
+    facts = case.facts(
+        *(shapes(who, features=case[f"{who}_embedding"].shape[1]) for who in ("student", "teacher")),
+        labels=np.arange(int(case.hyper("n_data"))) % 7,
+    )
+    settings = {"negatives": int(case.hyper("negatives")), "contrast_temperature": case.hyper("temperature")}
+    settings |= {"momentum": case.hyper("momentum"), "width": case["memory_student"].shape[1]}
+    distiller = case.build("crd", facts, **recipe(case), **settings)
+    memories = {"student": distiller.student_memory, "teacher": distiller.teacher_memory}
+    everyone = torch.arange(len(facts.labels))
+    for who, memory in memories.items():
+        memory.update(everyone, case[f"memory_{who}"])
+    for step in ("", "second_"):
+        case = FeatureCase(name, prefix=step)
+        for embed in ("embed_s", "embed_t"):
+            case.load(embed, distiller.learned()[embed].module)
+        drawn = torch.zeros(len(case["index"]), len(everyone), dtype=torch.float64)
+        negatives = case["contrast_index"][:, 1:]
+        drawn.scatter_add_(1, negatives, torch.ones_like(negatives, dtype=torch.float64))
+        monkeypatch.setattr(distiller.negatives, "draw", lambda labels, step, drawn=drawn: (everyone, drawn))
+        student, teacher = (case.outputs(who, case[f"{who}_embedding"]) for who in ("student", "teacher"))
+        losses = case.run(distiller, student, teacher, index=case["index"])
+        names = {part: f"loss_{part}" for part in ("student_anchor", "teacher_anchor")}
+        case.check(losses.total, losses.parts, names={"cross_entropy": "ce", **names})
+        for who, memory in memories.items():
+            case.check_value(memory.rows(everyone), f"after_memory_{who}")
+        case.check_value(distiller.student_z, "after_z_student")
+        case.check_value(distiller.teacher_z, "after_z_teacher")
