@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from kdav_fast.config.section import Count, Fraction, NonNegative, Positive
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
-from kdav_fast.distillers.features.maps import require_features
-from kdav_fast.distillers.features.method import FeatureConfig, FeatureMethod, Terms
 from kdav_fast.distillers.memories.gather import gather_rows
 from kdav_fast.distillers.memories.negatives import OtherClasses
 from kdav_fast.distillers.memories.sample import SampleMemory
+from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from kdav_fast.config.section import Count, NonNegative
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
-from kdav_fast.distillers.features.maps import Pair, deepest, require_features, row_mse, unlike
-from kdav_fast.distillers.features.method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.maps import Pair, deepest, require_features, row_mse, unlike
 from kdav_fast.models.outputs import Outputs
 
 _LEVELS = (4, 2, 1)

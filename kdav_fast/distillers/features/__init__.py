@@ -1,1 +1,0 @@
-"""What methods on feature maps and embeddings have in common."""
