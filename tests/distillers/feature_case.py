@@ -1,6 +1,7 @@
 """A published method on features, run as a run does on its authors' inputs, weights and settings, in float64."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,7 @@ from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, Shapes
 from kdav_fast.models.outputs import Outputs
 from tests.distillers.golden import load_golden
 
-PRECISE = {"rtol": 1e-9, "atol": 1e-12}
-"""Of values and gradients in float64."""
+Agrees = Callable[[Tensor, Tensor], None]
 
 
 class FeatureCase:
@@ -24,12 +24,13 @@ class FeatureCase:
 
     Args:
         name: such as "AT_1".
+        agrees: the fixture, which compares.
         suffix: of a further setting, such as "_cifar", whose totals and gradients are then meant.
         prefix: of a further step, such as "second_", whose arrays take the place of the first one's.
     """
 
-    def __init__(self, name: str, suffix: str = "", prefix: str = "") -> None:
-        arrays, self.suffix = load_golden(name), suffix
+    def __init__(self, name: str, agrees: Agrees, suffix: str = "", prefix: str = "") -> None:
+        arrays, self.suffix, self._agrees = load_golden(name), suffix, agrees
         later = {key.removeprefix(prefix): value for key, value in arrays.items() if key.startswith(prefix)}
         self.arrays = arrays | later
         self._tensors: dict[str, Tensor] = {}
@@ -113,7 +114,7 @@ class FeatureCase:
 
     def check_value(self, found: Tensor, name: str) -> None:
         """Against the array of that name."""
-        torch.testing.assert_close(found.detach(), torch.from_numpy(np.asarray(self.arrays[name])), **PRECISE)
+        self._agrees(found, torch.from_numpy(np.asarray(self.arrays[name])))
 
     def check(
         self, total: Tensor, parts: dict[str, Tensor], *, names: dict[str, str], total_name: str = "loss"
@@ -127,13 +128,7 @@ class FeatureCase:
         assert any(gradient is not None for gradient in gradients.values())
         for name, expected in gradients.items():
             if expected is not None:
-                torch.testing.assert_close(
-                    self[name].grad,
-                    expected,
-                    rtol=1e-9,
-                    atol=1e-10,
-                    msg=lambda text, name=name: f"{name}: {text}",
-                )
+                self._agrees(self[name].grad, expected)
         for prefix, module in self._modules.items():
             for key, parameter in module.named_parameters():
                 if (name := f"gradnorm_{prefix}.{key}") in self.arrays and not self.suffix:

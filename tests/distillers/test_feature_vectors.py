@@ -43,19 +43,30 @@ def run_on_maps(case, method, numbered, names, prefix=None, **keys):
     return distiller
 
 
+def run_on_embeddings(case, method, names, keys):
+    """A method that compares pooled features alone, and learns nothing beside the student."""
+    student, teacher = (case[f"{who}_embedding"] for who in ("student", "teacher"))
+    facts = case.facts(
+        shapes("student", features=student.shape[1]), shapes("teacher", features=teacher.shape[1])
+    )
+    distiller = case.build(method, facts, **keys(case))
+    losses = case.run(distiller, case.outputs("student", student), case.outputs("teacher", teacher))
+    case.check(losses.total, losses.parts, names=names)
+
+
 @pytest.mark.parametrize("name", golden_cases("FitNets"))
-def test_fitnets(name):
-    run_on_maps(FeatureCase(name), "fitnets", False, {"hint_mse": "loss_hint"}, stage=-1)
+def test_fitnets(name, agrees):
+    run_on_maps(FeatureCase(name, agrees), "fitnets", False, {"hint_mse": "loss_hint"}, stage=-1)
 
 
 @pytest.mark.parametrize("name", golden_cases("AT"))
-def test_at(name):
-    run_on_maps(FeatureCase(name), "at", True, {"attention_mse": "loss_at"})
+def test_at(name, agrees):
+    run_on_maps(FeatureCase(name, agrees), "at", True, {"attention_mse": "loss_at"})
 
 
 @pytest.mark.parametrize("name", golden_cases("VID"))
-def test_vid(name):
-    case = FeatureCase(name)
+def test_vid(name, agrees):
+    case = FeatureCase(name, agrees)
     distiller = run_on_maps(case, "vid", True, {"variational_nll": "loss_vid"})
     fresh = case.build(
         "vid",
@@ -70,8 +81,8 @@ def test_vid(name):
 
 @pytest.mark.parametrize("setting", ["", "_toolbox"])
 @pytest.mark.parametrize("name", golden_cases("SRRL"))
-def test_srrl(name, setting):
-    case = FeatureCase(name, setting)
+def test_srrl(name, agrees, setting):
+    case = FeatureCase(name, agrees, setting)
     head = case.load("teacher_head", nn.Linear(*case["teacher_head.weight"].shape[::-1]))
     teacher_map = case["teacher_feature"]
     teacher = case.outputs("teacher", teacher_map.mean((2, 3)), [teacher_map])
@@ -97,8 +108,8 @@ def test_srrl(name, setting):
 
 
 @pytest.mark.parametrize("name", golden_cases("ReviewKD"))
-def test_reviewkd(name):
-    case = FeatureCase(name)
+def test_reviewkd(name, agrees):
+    case = FeatureCase(name, agrees)
     student, teacher = (case.numbered(f"{who}_feature") for who in ("student", "teacher"))
     if "ce" not in case:  # the loss alone, of maps that are no squares
         loss = case.hyper("weight_feature") * sum(map(hierarchical_context, student, teacher)).mean()
@@ -122,9 +133,9 @@ def test_reviewkd(name):
 
 
 @pytest.mark.parametrize("name", golden_cases("CRD"))
-def test_crd(name, monkeypatch):
+def test_crd(name, agrees, monkeypatch):
     """Two steps: of the second, Z and the memories are those that the first one left."""
-    case = FeatureCase(name)
+    case = FeatureCase(name, agrees)
     facts = case.facts(
         *(shapes(who, features=case[f"{who}_embedding"].shape[1]) for who in ("student", "teacher")),
         labels=np.arange(int(case.hyper("n_data"))) % 7,
@@ -137,7 +148,7 @@ def test_crd(name, monkeypatch):
     for who, memory in memories.items():
         memory.update(everyone, case[f"memory_{who}"])
     for step in ("", "second_"):
-        case = FeatureCase(name, prefix=step)
+        case = FeatureCase(name, agrees, prefix=step)
         for embed in ("embed_s", "embed_t"):
             case.load(embed, distiller.learned()[embed].module)
         drawn = torch.zeros(len(case["index"]), len(everyone), dtype=torch.float64)
@@ -152,3 +163,27 @@ def test_crd(name, monkeypatch):
             case.check_value(memory.rows(everyone), f"after_memory_{who}")
         case.check_value(distiller.student_z, "after_z_student")
         case.check_value(distiller.teacher_z, "after_z_teacher")
+
+
+@pytest.mark.parametrize("name", golden_cases("SP"))
+def test_sp(name, agrees):
+    run_on_maps(FeatureCase(name, agrees), "sp", False, {"similarity_mse": "loss_sp"})
+
+
+@pytest.mark.parametrize("name", golden_cases("PKT"))
+def test_pkt(name, agrees):
+    run_on_embeddings(
+        FeatureCase(name, agrees), "pkt", {"cross_entropy": "ce", "similarity_kl": "loss_pkt"}, recipe
+    )
+
+
+@pytest.mark.parametrize("setting", ["", "_cifar"])
+@pytest.mark.parametrize("name", golden_cases("RKD"))
+def test_rkd(name, agrees, setting):
+    def keys(case):
+        return {"weight_label": 0.0} | {
+            f"weight_{part}": case.hyper(f"weight_{part}{setting}") for part in ("distance", "angle")
+        }
+
+    names = {"distance": "loss_distance", "angle": "loss_angle"}
+    run_on_embeddings(FeatureCase(name, agrees, setting), "rkd", names, keys)
