@@ -117,10 +117,10 @@ class FeatureCase:
         self._agrees(found, torch.from_numpy(np.asarray(self.arrays[name])))
 
     def check(
-        self, total: Tensor, parts: dict[str, Tensor], *, names: dict[str, str], total_name: str = "loss"
+        self, total: Tensor, parts: dict[str, Tensor], *, names: dict[str, str], total_name: str | None = None
     ) -> None:
         """Total, parts and all gradients against the truth; `names`: those parts' names in the case."""
-        self.check_value(total, f"{total_name}{self.suffix}")
+        self.check_value(total, total_name or f"loss{self.suffix}")
         for part, name in names.items():
             self.check_value(parts[part], name)
         total.backward()

@@ -7,6 +7,7 @@ from torch import nn
 
 from kdav_fast.distillers.base import Shapes
 from kdav_fast.distillers.reviewkd import hierarchical_context
+from kdav_fast.distillers.wcord import sinkhorn_plan
 from tests.distillers.feature_case import FeatureCase
 from tests.distillers.golden import golden_cases
 
@@ -187,3 +188,52 @@ def test_rkd(name, agrees, setting):
 
     names = {"distance": "loss_distance", "angle": "loss_angle"}
     run_on_embeddings(FeatureCase(name, agrees, setting), "rkd", names, keys)
+
+
+@pytest.mark.parametrize("setting", ["", "_times_m", "_through_plan"])
+@pytest.mark.parametrize("name", golden_cases("WCoRD"))
+def test_wcord(name, agrees, monkeypatch, setting):
+    case = FeatureCase(name, agrees, setting)
+    memory, negatives = case["memory_teacher"], case["negative_index"]
+    widths = (case[f"{who}_embedding"].shape[1] for who in ("student", "teacher"))
+    facts = case.facts(
+        *(shapes("either", features=width) for width in widths), labels=np.arange(len(memory)) % 7
+    )
+    keys = {f"weight_{part}": case.hyper(f"weight_{part}") for part in ("global", "local")}
+    keys |= {"epsilon": case.hyper("epsilon"), "rounds": int(case.hyper("sinkhorn_iterations"))}
+    many = float(negatives.shape[1]) if setting == "_times_m" else 1.0
+    distiller = case.build(
+        "wcord",
+        facts,
+        **keys,
+        negative_weight=many,
+        through_plan=setting == "_through_plan",
+        width=memory.shape[1],
+    )
+    everyone = torch.arange(len(memory))
+    distiller.memory.update(everyone, memory)
+    drawn = torch.zeros(len(negatives), len(memory), dtype=torch.float64)
+    drawn.scatter_add_(1, negatives, torch.ones_like(negatives, dtype=torch.float64))
+    monkeypatch.setattr(distiller.negatives, "draw", lambda labels, step: (everyone, drawn))
+    for head in ("head_s", "head_t"):
+        case.load(head, distiller.learned()[head].module)
+    student, teacher = (case.outputs(who, case[f"{who}_embedding"]) for who in ("student", "teacher"))
+    z_s = distiller.learned()["head_s"].module(student.features)
+    z_t = distiller.learned()["head_t"].module(teacher.features)
+    case.check_value(z_s, "projected_student")
+    case.check_value(z_t, "projected_teacher")
+    valid = torch.ones(len(z_s), dtype=torch.bool)
+    case.check_value(sinkhorn_plan(1 - z_t @ z_s.T, valid, keys["epsilon"], keys["rounds"]), "plan")
+    losses = case.run(distiller, student, teacher)
+    names = {"cross_entropy": "ce", "dual_wasserstein": "loss_global", "transport_cost": "loss_local"}
+    if setting == "_times_m":
+        names["dual_wasserstein"] = "loss_global_times_m"
+        expected = (
+            case["ce"]
+            + keys["weight_global"] * case["loss_global_times_m"]
+            + keys["weight_local"] * case["loss_local"]
+        )
+        case.arrays["loss_times_m"] = expected.numpy()
+    case.check(
+        losses.total, losses.parts, names=names, total_name="loss" if setting == "_through_plan" else None
+    )
