@@ -58,7 +58,7 @@ def share_up_to_median(values: Tensor, valid: Tensor) -> Tensor:
     ordered = values.masked_fill(~valid, torch.inf).sort().values
     middle = torch.stack([(count - 1).clamp(min=0) // 2, (count // 2).clamp(max=len(values) - 1)])
     median = ordered[middle].mean()
-    return ((values <= median) & valid).sum() / count.clamp(min=1)
+    return ((values <= median) & valid).sum().to(values.dtype) / count.clamp(min=1)
 
 
 class MLD(Distiller):

@@ -48,12 +48,13 @@ def standardized(logits: Tensor, sample: bool = False) -> Tensor:
 
     Args:
         logits: B x K.
-        sample: the sample deviation + 1e-7 in place of the population's, which is taken as 1e-7 at least.
+        sample: the sample deviation + 1e-7 in place of the population's. Where the logits are equal, it is 1.
     """
     centred = widened(logits) - widened(logits).mean(1, keepdim=True)
     freedom = max(logits.shape[1] - sample, 1)
     variance = centred.square().sum(1, keepdim=True) / freedom
-    deviation = variance.clamp(min=_TINY_DEVIATION**2).sqrt()  # the root has no gradient at 0
+    # Equal logits have no deviation, and the root no gradient at 0.
+    deviation = variance.where(variance > _TINY_DEVIATION**2, 1.0).sqrt()
     return centred / (deviation + _TINY_DEVIATION if sample else deviation)
 
 
