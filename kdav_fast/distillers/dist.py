@@ -63,6 +63,10 @@ class DIST(Distiller):
         weight_intra: NonNegative = 2.0
         """Of the distance of each class's probabilities."""
 
+        @property
+        def uses_labels(self) -> bool:
+            return self.weight_label > 0
+
         @model_validator(mode="after")
         def _combinations(self) -> Self:
             if self.weight_inter == 0 and self.weight_intra == 0:

@@ -24,6 +24,10 @@ class KD(Distiller):
         weight_kl: Positive = 0.9
         """Of T^2 KL(teacher || student)."""
 
+        @property
+        def uses_labels(self) -> bool:
+            return self.weight_label > 0
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.config, self.label_smoothing = config, facts.label_smoothing

@@ -95,6 +95,10 @@ class MLD(Distiller):
         """Of the three levels."""
 
         @property
+        def uses_labels(self) -> bool:
+            return self.weight_label > 0
+
+        @property
         def takes_mixed(self) -> bool:
             return self.views == 1
 

@@ -58,6 +58,10 @@ class WTTM(Distiller):
         weight_kl: Positive = 4.0
         """Of the KL."""
 
+        @property
+        def uses_labels(self) -> bool:
+            return self.weight_label > 0
+
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.config, self.label_smoothing = config, facts.label_smoothing
