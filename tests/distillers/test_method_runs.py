@@ -29,6 +29,8 @@ TRAINED = {
 }
 """8 steps an epoch, saves after each fourth."""
 STEPS = 16
+SHORT = {"sskd": {"head_epochs": 1.0}}
+"""Of methods whose phases are long."""
 
 
 class Killed(BaseException):
@@ -50,7 +52,7 @@ def make_config(small_config, teacher_run, tmp_path_factory):
         return small_config(
             folder / f"{method}-{name}",
             teacher={"name": "cifar:resnet8", "checkpoint": str(teacher_run), **(teacher or {})},
-            distiller={"name": method},
+            distiller={"name": method, **SHORT.get(method, {})},
             data={"train_subset": 128, "crop": "none"},
             train={**TRAINED, **train},
         )
