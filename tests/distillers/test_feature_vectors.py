@@ -5,9 +5,12 @@ import pytest
 import torch
 from torch import nn
 
+from kdav_fast.distillers import diffkd
 from kdav_fast.distillers.base import Shapes
 from kdav_fast.distillers.reviewkd import hierarchical_context
+from kdav_fast.distillers.sskd import similarities, trusted
 from kdav_fast.distillers.wcord import sinkhorn_plan
+from kdav_fast.models.outputs import Outputs
 from tests.distillers.feature_case import FeatureCase
 from tests.distillers.golden import golden_cases
 
@@ -236,4 +239,77 @@ def test_wcord(name, agrees, monkeypatch, setting):
         case.arrays["loss_times_m"] = expected.numpy()
     case.check(
         losses.total, losses.parts, names=names, total_name="loss" if setting == "_through_plan" else None
+    )
+
+
+@pytest.mark.parametrize("name", golden_cases("SSKD"))
+def test_sskd(name, agrees):
+    case = FeatureCase(name, agrees)
+    hyper = {"weight_label": "ce_weight", "weight_kl": "kd_weight", "weight_transform": "tf_weight"}
+    hyper |= {"weight_similarity": "ss_weight", "temperature": "kd_T", "similarity_temperature": "ss_T"}
+    hyper |= {"ratio_transform": "ratio_tf", "ratio_similarity": "ratio_ss"}
+    assert case.hyper("kd_T") == case.hyper("tf_T")
+    widths = [case[f"{who}_feature"].shape[1] for who in ("student", "teacher")]
+    facts = case.facts(*(shapes("either", features=width) for width in widths))
+    distiller = case.build("sskd", facts, **{key: case.hyper(value) for key, value in hyper.items()})
+    heads = {name: case.load(name, one.module) for name, one in distiller.learned().items()}
+
+    def by_view(rows):
+        """Rows there come in fours."""
+        return rows.unflatten(0, (-1, 4)).transpose(0, 1).flatten(0, 1)
+
+    student, teacher = (
+        Outputs(by_view(case[f"{who}_feature"]), by_view(case[f"{who}_logits"]))
+        for who in ("student", "teacher")
+    )
+    rows = len(case["target"])
+    valid, turned = torch.ones(rows, dtype=torch.bool), torch.arange(rows).repeat_interleave(3)
+    scores = similarities(heads["teacher_head"](case["teacher_feature"]).unflatten(0, (-1, 4)), valid)
+    logits = case["teacher_logits"].unflatten(0, (-1, 4))[:, 1:].flatten(0, 1)
+    for what, given, answer, ratio in (
+        ("selfsupervised", scores, turned, "ratio_ss"),
+        ("transform", logits, case["target"][turned], "ratio_tf"),
+    ):
+        kept = trusted(given, answer, valid.repeat_interleave(3), case.hyper(ratio))
+        assert torch.equal(kept.nonzero().flatten(), case[f"keep_{what}"])
+    before = distiller.head_loss(teacher, case.batch(rows, 4), heads).total
+    case.check_value(before, "loss_teacher_head")
+    before.backward()
+    losses = case.run(distiller, student, teacher)
+    names = {"cross_entropy": "ce", "soft_target_kl": "loss_kd", "transform_kl": "loss_transform"}
+    case.check(losses.total, losses.parts, names={**names, "similarity_kl": "loss_selfsupervised"})
+
+
+@pytest.mark.parametrize("name", golden_cases("DiffKD"))
+def test_diffkd(name, agrees, monkeypatch):
+    case = FeatureCase(name, agrees)
+    student, teacher = (case[f"{who}_feature"] for who in ("student", "teacher"))
+    facts = case.facts(shapes("student", [student]), shapes("teacher", [teacher]))
+    autoencoder = bool(case.arrays["hyper_use_autoencoder"])
+    keys = {"autoencoder": autoencoder, "width": case["feature_noise_student"].shape[1]}
+    # The gradients are of all terms but the cross-entropy.
+    keys |= dict.fromkeys(("weight_feature", "weight_logit"), case.hyper("weight_distill")) | {
+        "weight_label": 0.0
+    }
+    keys |= {"steps": int(case.hyper("inference_steps")), "logit_temperature": case.hyper("tau")}
+    distiller = case.build("diffkd", facts, **keys)
+    for branch, one in distiller.learned().items():
+        case.load(branch, one.module)
+        assert one.module.times == case["inference_timesteps"].tolist()
+        agrees(one.module.shares, case["alphas_cumprod"])
+
+    def draw(index, step, branch, shape):
+        kind = ("feature", "logit")[branch]
+        return diffkd.Noises(
+            *(case[f"{kind}_{what}"] for what in ("noise_student", "noise_teacher", "timesteps"))
+        )
+
+    monkeypatch.setattr(diffkd, "draw", draw)
+    losses = case.run(
+        distiller, case.outputs("student", stages=[student]), case.outputs("teacher", stages=[teacher])
+    )
+    parts = ["feature_diffusion", "feature_distill", "logit_diffusion", "logit_distill"]
+    parts += ["feature_autoencoder"] * autoencoder
+    case.check(
+        losses.total, losses.parts, names={part: f"loss_{part}" for part in parts}, total_name="loss_distill"
     )
