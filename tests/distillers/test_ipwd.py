@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from torch import nn
 
 from kdav_fast.distillers.ipwd import inverse_probability
 from kdav_fast.errors import InputError
-from tests.distillers.golden import Golden, golden_cases
+from tests.distillers.golden import Golden, Saying, golden_cases
 from tests.distillers.small_run import STUDENT
 
 WEIGHTS = {
@@ -15,17 +14,6 @@ WEIGHTS = {
     "weight_label_head": "cls_ce_weight",
     "weight_kl": "kd_weight",
 }
-
-
-class Saying(nn.Module):
-    """Stands for the second head: its answers are given."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits
-
-    def forward(self, features):
-        return self.logits
 
 
 @pytest.mark.parametrize("setting", ["", "normalised_"])

@@ -58,11 +58,11 @@ def standardized(logits: Tensor, sample: bool = False) -> Tensor:
     return centred / (deviation + _TINY_DEVIATION if sample else deviation)
 
 
-def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor) -> Tensor:
     """T^2 KL(softmax(g/T) || softmax(f/T)) of each row, B (Hinton, Vinyals, Dean 2015). Halves are widened."""
     log_p = F.log_softmax(widened(student_logits) / temperature, dim=1)
-    q = torch.softmax(widened(teacher_logits) / temperature, dim=1)
-    return temperature**2 * F.kl_div(log_p, q, reduction="none").sum(1)
+    log_q = F.log_softmax(widened(teacher_logits) / temperature, dim=1)
+    return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
 def log_softmax_of_others(scaled: Tensor, target: Tensor) -> Tensor:
