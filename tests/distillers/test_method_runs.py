@@ -12,6 +12,7 @@ from kdav_fast.runtime.processes import start_cluster
 from kdav_fast.student.export import export_safetensors
 from kdav_fast.tracking.metrics_log import read_metrics
 from kdav_fast.train.checkpoints import Checkpoints
+from kdav_fast.train.folder import results
 from kdav_fast.train.loop import run_training
 from kdav_fast.train.setup import set_up
 from tests.distillers import added_methods
@@ -40,6 +41,14 @@ class Killed(BaseException):
 @pytest.fixture(scope="module", autouse=True)
 def _added():
     with added_methods.added():
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_report():
+    """Curves take twice as long as such a run, and are the same for every method."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(results, "write_report", lambda *runs, **title: None)
         yield
 
 
