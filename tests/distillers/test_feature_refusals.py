@@ -6,6 +6,9 @@ import pytest
 from kdav_fast.config.loading import load_config
 from kdav_fast.distillers.base import Shapes
 from kdav_fast.errors import InputError
+from kdav_fast.models import build_classifier
+from kdav_fast.student.heads import ManyToOneHead
+from kdav_fast.student.student import Student
 
 SQUARE, LARGE, FLAT = (4, 8, 8), (4, 12, 12), (4, 6, 8)
 
@@ -20,6 +23,8 @@ def networks(student, teacher, features=4):
         ("fitnets", SQUARE, LARGE, "4 x 8 x 8 .* teacher's 4 x 12 x 12, between which there is no regressor"),
         ("at", SQUARE, (4, 8, 6), "4 x 8 x 8 .* teacher's 4 x 8 x 6, which pooling to the smaller height"),
         ("vid", SQUARE, (4, 8, 6), "which pooling to the smaller height does not make alike"),
+        ("norm", SQUARE, LARGE, "which pooling by a whole number does not make alike"),
+        ("diffkd", SQUARE, LARGE, "but it compares maps of one height and width"),
         ("reviewkd", SQUARE, FLAT, "4 x 8 x 8 .* teacher's 4 x 6 x 8, but its fusion takes squares"),
     ],
 )
@@ -83,3 +88,12 @@ def test_one_class(build):
 def test_memories_that_do_not_fit(build):
     with pytest.raises(InputError, match=r"need .* GiB, but"):
         build("crd", {"labels": np.arange(10) % 5}, width=10**12)
+
+
+def test_a_student_whose_features_are_no_mean_of_its_last_map():
+    network = build_classifier("cifar:wrn_16_2", 10, image_size=32)
+    network.take_stages()
+    with pytest.raises(
+        InputError, match="wrn_16_2 are not the mean of its last feature map, on which this method"
+    ):
+        Student(network, ManyToOneHead(128, 64, 10, copies=2))
