@@ -126,6 +126,16 @@ class Distiller(nn.Module):
         """Lines that the user shall read before the run begins."""
         return ()
 
+    def meet(self, student: nn.Module) -> None:
+        """Called once, before the run begins or goes on, for a method that keeps a copy of the student, in buffers.
+
+        Args:
+            student: in its training form; from B x 3 x S x S images to `Outputs`.
+        """
+
+    def after_step(self, student: nn.Module, learned: dict[str, nn.Module]) -> None:
+        """Called after each step that the optimizer took, for running averages: all weights are whole then."""
+
     @abstractmethod
     def forward(
         self,

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from itertools import chain, repeat
 
 from kdav_fast.config import Config
+from kdav_fast.distillers.checks import follows_the_student
 from kdav_fast.inference.evaluate import Accuracy, evaluate
 from kdav_fast.runtime.processes import Cluster, start_cluster
 from kdav_fast.runtime.run_lock import RunLock
@@ -122,9 +123,11 @@ def train(
         if taken:
             for micro in seen:
                 meter.update(micro.answer.logits, micro.batch, micro.answer.total, micro.answer.parts)
-            if run.average is not None:
+            if run.average is not None or follows_the_student(run.distiller):
                 with engine.whole_weights():
-                    run.average.update_parameters(run.student)
+                    run.distiller.after_step(run.student, run.trainee.learned)
+                    if run.average is not None:
+                        run.average.update_parameters(run.student)
             guard.taken()
         else:
             run.skipped_steps += 1

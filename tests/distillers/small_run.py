@@ -144,6 +144,7 @@ class SmallRun:
         modules = {name: one.module for name, one in self.distiller.learned().items()}
         autocast = None if dtype == torch.float32 else dtype
         self.trainee = Trainee(self.student, modules, self.distiller, CPU, autocast).eval()
+        self.distiller.meet(self.student)
 
     def sample(
         self, seed: int, rows: int = BATCH, padding: Sequence[int] = (), measuring: bool = False
@@ -160,10 +161,13 @@ class SmallRun:
 
         batch = Batch(draw(3, 8, 8), torch.from_numpy(LABELS)[index], valid, index, views=views)
         head = self.student.head
-        embedding = None if head is None else draw(head.projector.out_features)
+        embedding = None if head is None else draw(head.width)
         student = self._outputs(STUDENT, draw, embedding)
         if head is not None:
             student = student._replace(logits=head.classify(embedding).detach())
+            if head.on_maps:
+                shown = head(torch.zeros(1, *STUDENT.stages[-1]))[1]
+                student = student._replace(head_map=draw(*shown.shape[1:]).to(self.dtype))
         teacher = None if self.facts.teacher is None else self._outputs(TEACHER, draw)
         return Sample(student, teacher, batch)
 
@@ -208,6 +212,7 @@ class SmallRun:
         self.trainee.zero_grad()
         answer = self.trainee(sample.batch, sample.teacher, Progress(step, 10, step / 2, 5.0))
         (answer.total * _weight(sample.batch)).backward()
+        self.distiller.after_step(self.student, self.trainee.learned)
         leaves = {**_named(student), **dict(self.trainee.named_parameters())}
         return answer, {
             name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
@@ -224,7 +229,11 @@ class _Answering(nn.Module):
         self.answers: Outputs | None = None
 
     def forward(self, images: Tensor) -> Outputs:
-        return self.answers
+        return _map(self.answers, lambda tensor: tensor[: len(images)])
+
+    def __deepcopy__(self, memo) -> "_Answering":
+        """A copy is told the same."""
+        return self
 
 
 def _map(record, change):

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from kdav_fast.distillers import diffkd
-from kdav_fast.distillers.base import Shapes
+from kdav_fast.distillers import diffkd, norm
+from kdav_fast.distillers.base import Progress, Shapes
 from kdav_fast.distillers.reviewkd import hierarchical_context
 from kdav_fast.distillers.sskd import similarities, trusted
 from kdav_fast.distillers.wcord import sinkhorn_plan
@@ -313,3 +313,77 @@ def test_diffkd(name, agrees, monkeypatch):
     case.check(
         losses.total, losses.parts, names={part: f"loss_{part}" for part in parts}, total_name="loss_distill"
     )
+
+
+@pytest.mark.parametrize("name", golden_cases("NORM"))
+def test_norm(name, agrees):
+    case = FeatureCase(name, agrees)
+    student, teacher = (case[f"{who}_feature"] for who in ("student", "teacher"))
+    facts = case.facts(
+        shapes("student", [student]), shapes("teacher", [teacher]), classes=len(case["head.bias"])
+    )
+    share = case.hyper("schedule_factor")
+    schedule, epoch = next(
+        (schedule, epoch)
+        for schedule in ("cifar", "imagenet")
+        for epoch in (0.5, 18.5, 100.5, 190.5, 230.5)
+        if norm.share(schedule, Progress(0, 1, epoch, 240.0)) == share
+    )
+    distiller = case.build("norm", facts, **recipe(case), copies=int(case.hyper("copies")), schedule=schedule)
+    head = distiller.head()
+    for prefix, module in {"expand": head.expand, "reduce": head.reduce, "head": head.linear}.items():
+        case.load(prefix, module)
+    embedding, expanded = head(student)
+    case.check_value(expanded, "expanded_feature")
+    logits = head.classify(embedding)
+    case.check_value(logits, "student_logits")
+    answers = Outputs(embedding, logits.detach(), embedding, (student,), head_map=expanded)
+    losses = case.run(distiller, answers, case.outputs("teacher", stages=[teacher]), epoch)
+    names = {"cross_entropy": "ce", "many_to_one": "loss_norm"}
+    if case.hyper("weight_div") > 0:
+        names["soft_target_kl"] = "loss_div"
+    case.check(losses.total, losses.parts, names=names)
+
+
+@pytest.mark.parametrize("name", golden_cases("CoCoRD"))
+def test_cocord(name, agrees, monkeypatch):
+    case = FeatureCase(name, agrees)
+    hidden, width = case["s_q_proj.0.weight"].shape
+    embedding, predictor = case["s_q_pred.3.weight"].shape
+    facts = case.facts(*2 * [shapes("either", features=width)])
+    keys = {"hidden": hidden, "width": embedding, "predictor": predictor, "queue": case["queue"].shape[1]}
+    keys |= {
+        "contrast_temperature": case.hyper("temperature"),
+        "slow_momentum": case.hyper("momentum_slow_student"),
+    }
+    keys |= {"teacher_momentum": case.hyper("momentum_teacher_head"), "weight_label": 0.0}
+    keys |= {f"weight_{part}": case.hyper(f"weight_{part}") for part in ("contrast", "predict")}
+    distiller = case.build("cocord", facts, **keys)
+    learned = {name: case.load(name, one.module) for name, one in distiller.learned().items()}
+    slow = {"s_k_proj": distiller.slow_proj, "t_k_proj": distiller.teacher_proj}
+    for prefix, module in slow.items():
+        for key, buffer in module.named_buffers():
+            if f"{prefix}.{key}" in case:
+                buffer.copy_(case[f"{prefix}.{key}"])
+    distiller.queue.push(case["queue"].T, torch.ones(keys["queue"], dtype=torch.bool))
+    distiller.queue.pointer.copy_(case["queue_pointer"])
+
+    distiller.meet(nn.Identity())
+    distiller.after_step(nn.Identity(), learned)  # there, averages are taken at the beginning of a step
+    for prefix, module in slow.items():
+        for key, buffer in module.named_buffers():
+            if f"after_{prefix}.{key}" in case:
+                case.check_value(buffer, f"after_{prefix}.{key}")
+    monkeypatch.setattr(
+        distiller, "slow_features", lambda views: [case["slow_feature_q"], case["slow_feature_k"]]
+    )
+    q, k, teacher = case["student_feature_q"], case["student_feature_k"], case["teacher_feature"]
+    third = torch.zeros_like(teacher)
+    student = Outputs(torch.cat([q, k, third]), case["student_logits"].repeat(3, 1))
+    taught = Outputs(torch.cat([third, third, teacher]), student.logits)
+    losses = case.run(distiller, student, taught)
+    # The gradients are of all terms but the cross-entropy.
+    names = {"contrast": "loss_contrast", "consistency": "loss_predict", "cross_entropy": "ce"}
+    case.check(losses.total, losses.parts, names=names, total_name="loss_distill")
+    case.check_value(distiller.queue.rows.T, "after_queue")
+    assert distiller.queue.pointer == case["after_queue_pointer"]
