@@ -9,6 +9,7 @@ from kdav_fast.distillers import diffkd, norm
 from kdav_fast.distillers.base import Progress, Shapes
 from kdav_fast.distillers.reviewkd import hierarchical_context
 from kdav_fast.distillers.sskd import similarities, trusted
+from kdav_fast.distillers.terms.maps import to_common_height
 from kdav_fast.distillers.wcord import sinkhorn_plan
 from kdav_fast.models.outputs import Outputs
 from tests.distillers.feature_case import FeatureCase
@@ -387,3 +388,29 @@ def test_cocord(name, agrees, monkeypatch):
     case.check(losses.total, losses.parts, names=names, total_name="loss_distill")
     case.check_value(distiller.queue.rows.T, "after_queue")
     assert distiller.queue.pointer == case["after_queue_pointer"]
+
+
+@pytest.mark.parametrize("name", golden_cases("SimKD"))
+def test_simkd_s_published_term(name, agrees):
+    case = FeatureCase(name, agrees)
+    maps = [case[f"{who}_feature"] for who in ("student", "teacher")]
+    head = case.load("teacher_head", nn.Linear(*case["teacher_head.weight"].shape[::-1]))
+    facts = case.facts(
+        *(shapes("either", [each], each.shape[1]) for each in maps),
+        classes=head.out_features,
+        teacher_classifier=head,
+    )
+    distiller = case.build(
+        "simkd", facts, weight_map=case.hyper("weight_feature"), factor=int(case.hyper("factor"))
+    )
+    projector = case.load("projector", distiller.learned()["projector"].module)
+    student, target = to_common_height(*maps)
+    case.check_value(target, "target_feature")
+    projected = projector(student)
+    case.check_value(projected, "projected_feature")
+    case.check_value(head(projected.mean((2, 3))), "student_logits_through_teacher_head")
+
+    # Beside it the pooled features, as they are: no difference.
+    pooled = [Outputs(each.mean((2, 3)).detach(), torch.zeros(len(each), 1), stages=(each,)) for each in maps]
+    losses = case.run(distiller, pooled[0]._replace(embedding=pooled[1].features), pooled[1])
+    case.check(losses.total, losses.parts, names={"map_mse": "loss_feature"})
