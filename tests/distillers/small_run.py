@@ -27,12 +27,20 @@ LABELS = np.arange(IMAGES) % CLASSES
 CPU = torch.device("cpu")
 
 
+SMALL = {
+    "cocord": {"hidden": 16, "width": 12, "predictor": 10, "queue": 20},
+    "diffkd": {"width": 7},
+}
+"""Of methods whose modules are large whatever the networks are."""
+
+
 def sections(name: str) -> dict[str, MethodConfig]:
     """A method's section with its defaults, and one for each other value of a key that has few, by what is changed.
 
     Of weights that are 0, the other value is 0.5. Keys that choose between ways to compute the same are left out.
     """
-    made = {"defaults": method_section({"name": name})}
+    small = {"name": name, **SMALL.get(name, {})}
+    made = {"defaults": method_section(small)}
     for key, field in method_config(name).model_fields.items():
         values = ()
         if field.annotation is bool:
@@ -43,7 +51,7 @@ def sections(name: str) -> dict[str, MethodConfig]:
             values = (0.5,)
         for value in values:
             try:
-                made[f"{key}={value}"] = method_section({"name": name, key: value})
+                made[f"{key}={value}"] = method_section({**small, key: value})
             except ValidationError:
                 continue  # it goes with another key alone
     return made
