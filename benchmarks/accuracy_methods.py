@@ -30,7 +30,7 @@ KDAV = Method(
     }
 )
 SIMKD = Method({"name": "simkd", "weight_feature": 1.0, "weight_kl": 1.0, "temperature": 4.0})
-KD = Method({"name": "kd", "alpha": 0.9, "temperature": 4.0})
+KD = Method({"name": "kd", "temperature": 4.0, "weight_label": 0.1, "weight_kl": 0.9})
 KAPPA_20 = KDAV.but(kappa_student=20.0, kappa_teacher=20.0)
 MAIN = {
     "labels only": Method({"name": "none"}),

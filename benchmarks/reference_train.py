@@ -41,8 +41,9 @@ ONLY = {
     "data.skip_list": None,
     "data.auto_augment": "none",
     "data.color_jitter": (0.0, 0.0, 0.0, 0.0),
-    "distiller.prototypes": "measured",
-    "distiller.weight_label": 0.0,
+    "distiller.standardize_logits": False,
+    "kdav.prototypes": "measured",
+    "kdav.weight_label": 0.0,
     "optimizer.name": "sgd",
     "optimizer.decay_norm_and_bias": True,
     "train.accumulate": 1,
@@ -52,7 +53,7 @@ ONLY = {
     "train.clip_grad_norm": 0.0,
     "train.sync_batchnorm": False,
 }
-"""Keys of which only this value is written out here."""
+"""Keys of which only this value is written out here; those of one method by its name."""
 
 
 def open_folders(data: DataConfig) -> tuple[ImageFolder, ImageFolder]:
@@ -152,7 +153,7 @@ def kd_loss(student: Tensor, teacher: Tensor, hard: Tensor, config: MethodConfig
     log_p = F.log_softmax(student / config.temperature, dim=1)
     log_q = F.log_softmax(teacher / config.temperature, dim=1)
     soft = config.temperature**2 * F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
-    return (1 - config.alpha) * hard + config.alpha * soft
+    return config.weight_label * hard + config.weight_kl * soft
 
 
 def lr_factor(config: Config, step: int, steps: int, epoch_steps: int) -> float:
@@ -192,7 +193,8 @@ class Trainer:
     ) -> None:
         for key, known in ONLY.items():
             section, name = key.split(".")
-            given = getattr(getattr(config, section), name, known)
+            holder = config.distiller if section == config.distiller.name else getattr(config, section, None)
+            given = getattr(holder, name, known)
             if given != known:
                 raise ValueError(f"{key} is {given!r}; the reference knows only {known!r}")
         self.config, self.kdav = config, config.distiller.name == "kdav"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, ConfigDict
 
+from kdav_fast.config.data import DataConfig
 from kdav_fast.config.section import Section
 from kdav_fast.config.training import TrainConfig
 
@@ -73,6 +74,9 @@ class MethodConfig(Section):
 
     def check_run(self, train: TrainConfig) -> None:
         """Raise `ValueError`, which names the keys, for a run that the method does not go with."""
+
+    def check_data(self, data: DataConfig) -> None:
+        """As `check_run`, for the way that images are made ready."""
 
 
 def method_config(name: str) -> type[MethodConfig]:

@@ -61,6 +61,7 @@ class Config(Sections):
         if method.needs_teacher and self.teacher is None:
             raise ValueError(f"distiller.name is '{method.name}' but there is no teacher; set teacher.name")
         method.check_run(train)
+        method.check_data(self.data)
         if train.label_smoothing > 0 and not method.uses_labels:
             raise ValueError(
                 f"train.label_smoothing does not go with distiller.name '{method.name}', which uses no labels; use "

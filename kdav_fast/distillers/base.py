@@ -136,6 +136,19 @@ class Distiller(nn.Module):
         """
         return ()
 
+    def meet(self, student: nn.Module) -> None:
+        """Called once, before the run begins or goes on, for a method that keeps a copy of the student, in buffers.
+
+        Args:
+            student: in its training form; from B x 3 x S x S images to `Outputs`.
+        """
+
+    def after_step(self, student: nn.Module, learned: dict[str, nn.Module]) -> None:
+        """Called after each step of the optimizer, for running averages: all weights are whole then.
+
+        Of a step that turns out not to be finite, what it does to buffers is undone.
+        """
+
     @abstractmethod
     def forward(
         self,
@@ -168,6 +181,13 @@ class Distiller(nn.Module):
 def mean_over_valid(rows: Tensor, valid: Tensor) -> Tensor:
     """Mean of the B values whose row is valid; 0 if none is."""
     return torch.where(valid, rows, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def sum_of_parts(parts: dict[str, tuple[float, Tensor]], valid: Tensor) -> Losses:
+    """Of several parts, each by its name, a weight and B rows: the sum of weight times mean over the valid rows."""
+    means = {name: mean_over_valid(rows, valid) for name, (_, rows) in parts.items()}
+    total = sum(weight * means[name] for name, (weight, _) in parts.items())
+    return Losses(total, {name: mean.detach() for name, mean in means.items()})
 
 
 def widened(tensor: Tensor) -> Tensor:

@@ -29,6 +29,11 @@ def check_method(distiller: Distiller) -> None:
     _check_phases(distiller.phases(), set(learned))
 
 
+def follows_the_student(distiller: Distiller) -> bool:
+    """Whether it wants to hear of every step."""
+    return type(distiller).after_step is not Distiller.after_step
+
+
 def _check_learned(learned: dict[str, Learned]) -> None:
     for name, one in learned.items():
         if not isinstance(one, Learned):

@@ -7,11 +7,14 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.method import MethodConfig
 from kdav_fast.config.section import NonNegative, Positive, Temperature
 from kdav_fast.data.batch import Batch
-from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid, widened
-from kdav_fast.errors import InputError
+from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, sum_of_parts, widened
+from kdav_fast.distillers.terms.softened import (
+    SoftenedConfig,
+    log_softmax_of_others,
+    require_several_classes,
+)
 from kdav_fast.models.outputs import Outputs
 
 
@@ -43,9 +46,9 @@ def _decoupled(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tens
     By log-sum-exp, as the sum of the others' probabilities may be smaller than any float.
     """
     scaled = widened(logits) / temperature
-    others = scaled.masked_fill(target, -torch.inf)
-    of_two = torch.stack([scaled.where(target, 0.0).sum(1), others.logsumexp(1)], dim=1)
-    return of_two.log_softmax(1), others.log_softmax(1).masked_fill(target, 0.0)
+    others = scaled.masked_fill(target, -torch.inf).logsumexp(1)
+    of_two = torch.stack([scaled.where(target, 0.0).sum(1), others], dim=1)
+    return of_two.log_softmax(1), log_softmax_of_others(scaled, target)
 
 
 class DKD(Distiller):
@@ -54,8 +57,12 @@ class DKD(Distiller):
     w = min(epoch / warmup_epochs, 1), epochs counted from 1.
     """
 
-    class Config(MethodConfig):
-        """Published for CIFAR-100, with beta 2 to 8 by pair; for ImageNet: T 1, beta 0.5 or 2, warm-up 1."""
+    class Config(SoftenedConfig):
+        """Published for CIFAR-100; for ImageNet: T 1, warm-up 1, beta 0.5 (ResNet-34 to -18) or 2 (to MobileNet).
+
+        Beta for CIFAR-100: 8 (ResNet32x4-8x4, to ShuffleNet, ResNet-50 to MobileNet-V2), 6 (VGG-13, wide ResNets), 2
+        (ResNet-56 and -110 to small ones).
+        """
 
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 4.0
@@ -76,10 +83,7 @@ class DKD(Distiller):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        if facts.classes < 2:
-            raise InputError(
-                "distiller.name 'dkd' tells a class from the others, but the data have one class; use distiller.name=kd"
-            )
+        require_several_classes(config.name, facts)
         self.config, self.label_smoothing = config, facts.label_smoothing
 
     def forward(
@@ -91,16 +95,16 @@ class DKD(Distiller):
         progress: Progress,
     ) -> Losses:
         config = self.config
-        rows = {"cross_entropy": label_loss(student.logits, batch, self.label_smoothing)}
-        rows["target_class_kl"], rows["non_target_class_kl"] = decoupled_kl(
-            student.logits, teacher.logits, batch.labels, config.temperature
-        )
-        means = {name: mean_over_valid(row, batch.valid) for name, row in rows.items()}
-        hard, target, others = means.values()
+        softened = (config.prepared(logits) for logits in (student.logits, teacher.logits))
+        target, others = decoupled_kl(*softened, batch.labels, config.temperature)
         epoch = int(progress.epoch) + 1
         weight = min(epoch / config.warmup_epochs, 1.0) if config.warmup_epochs else 1.0
-        total = config.weight_label * hard + weight * (config.alpha * target + config.beta * others)
-        return Losses(total, {name: mean.detach() for name, mean in means.items()})
+        parts = {
+            "cross_entropy": (config.weight_label, label_loss(student.logits, batch, self.label_smoothing)),
+            "target_class_kl": (weight * config.alpha, target),
+            "non_target_class_kl": (weight * config.beta, others),
+        }
+        return sum_of_parts(parts, batch.valid)
 
 
 METHOD = DKD

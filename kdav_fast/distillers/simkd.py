@@ -5,11 +5,11 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Temperature
+from kdav_fast.config.section import Count, NonNegative, Temperature
 from kdav_fast.data.batch import Batch
-from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, mean_over_valid, widened
-from kdav_fast.distillers.kd import soft_target_kl
+from kdav_fast.distillers.base import Distiller, Facts, Learned, Losses, Progress, sum_of_parts, widened
+from kdav_fast.distillers.terms.maps import check_common_height, one_stage, row_mse, to_common_height
+from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import ReusedClassifierHead
@@ -20,34 +20,66 @@ def feature_mse(student_embedding: Tensor, teacher_features: Tensor) -> Tensor:
     return (widened(student_embedding) - widened(teacher_features)).square().mean(1)
 
 
+def map_mse(projector: nn.Module, student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Mean over C, H, W of (projector(F_s) - F_t)^2, of each row: B; the paper's. Halves are widened.
+
+    The higher map is average-pooled to a square of the other's height before.
+    """
+    student_map, teacher_map = to_common_height(student_map, teacher_map)
+    return row_mse(projector(student_map), teacher_map)
+
+
+def map_projector(narrow: int, wide: int, factor: int) -> nn.Sequential:
+    """1x1, 3x3 and 1x1 convolutions, each with BatchNorm and ReLU, `wide` / `factor` channels between them."""
+    mid = max(wide // factor, 1)
+    first = nn.Conv2d(narrow, mid, 1, bias=False), nn.BatchNorm2d(mid), nn.ReLU()
+    second = nn.Conv2d(mid, mid, 3, padding=1, bias=False), nn.BatchNorm2d(mid), nn.ReLU()
+    return nn.Sequential(
+        *first, *second, nn.Conv2d(mid, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU()
+    )
+
+
 class SimKD(Distiller):
     """weight_feature * MSE of the features + weight_kl * T^2 * KL with the teacher; uses no labels.
 
-    The paper has the feature term alone, and projects feature maps by convolutions that stay in the student. Here
-    the pooled features are projected, so that the exported student keeps its stock architecture.
+    The paper has one term, and projects feature maps by convolutions that stay in the student. They fold into nothing:
+    here the pooled features are projected, so that the exported student keeps its stock architecture, and the paper's
+    term may be added with a projector that is not exported. It ends in ReLU, as the teacher's map must.
     """
 
-    class Config(MethodConfig):
+    class Config(SoftenedConfig):
         """The teacher's classifier on features trained to be the teacher's."""
 
         uses_labels: ClassVar[bool] = False
         weight_feature: NonNegative = 1.0
-        """Of the mean squared difference of the features; the paper's only term."""
+        """Of the mean squared difference of the pooled features."""
         weight_kl: NonNegative = 0.0
         """Of T^2 KL between the teacher's and the student's class distributions."""
         temperature: Temperature = 4.0
         """T of the KL term."""
+        weight_map: NonNegative = 0.0
+        """Of the mean squared difference of the last feature maps, the paper's only term."""
+        factor: Count = 2
+        """By which the maps' projector has fewer channels between its ends than the teacher's map."""
+
+        @property
+        def needs_stages(self) -> bool:
+            return self.weight_map > 0
 
         @model_validator(mode="after")
         def _combinations(self) -> Self:
             if self.weight_feature == 0 and self.weight_kl == 0:
                 raise ValueError("distiller.weight_feature and distiller.weight_kl are both 0; raise one")
+            if self.weight_kl == 0 and self.standardize_logits:
+                raise ValueError(
+                    "distiller.standardize_logits is of the KL term, which distiller.weight_kl leaves out; raise that, "
+                    "or set distiller.standardize_logits=false"
+                )
             return self
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.weight_feature, self.weight_kl = config.weight_feature, config.weight_kl
-        self.temperature = config.temperature
+        self.config = config
         classifier = facts.teacher_classifier
         if classifier is None:
             raise InputError(
@@ -57,6 +89,14 @@ class SimKD(Distiller):
         head = ReusedClassifierHead(facts.student.features, classifier.in_features, classifier.out_features)
         head.reuse(classifier)
         self.lend("_head", head)
+        self.lend("_projector", None)
+        if config.needs_stages:
+            pair = one_stage(facts, "simkd", -1)
+            check_common_height("simkd", pair)
+            self.lend("_projector", map_projector(pair.student[0], pair.teacher[0], config.factor))
+
+    def learned(self) -> dict[str, Learned]:
+        return {} if self._projector is None else {"projector": Learned(self._projector)}
 
     def head(self) -> ReusedClassifierHead:
         return self._head
@@ -69,14 +109,18 @@ class SimKD(Distiller):
         learned: dict[str, nn.Module],
         progress: Progress,
     ) -> Losses:
-        feature = mean_over_valid(feature_mse(student.embedding, teacher.features), batch.valid)
-        total, parts = self.weight_feature * feature, {"feature_mse": feature.detach()}
-        if self.weight_kl > 0:
+        config = self.config
+        feature = feature_mse(student.embedding, teacher.features)
+        parts = {"feature_mse": (config.weight_feature, feature)}
+        if config.weight_kl > 0:
             # The student's logits carry no gradient to its embedding.
             logits = self._head.classify(student.embedding)
-            kl = mean_over_valid(soft_target_kl(logits, teacher.logits, self.temperature), batch.valid)
-            total, parts["soft_target_kl"] = total + self.weight_kl * kl, kl.detach()
-        return Losses(total, parts)
+            softened = (config.prepared(each) for each in (logits, teacher.logits))
+            parts["soft_target_kl"] = (config.weight_kl, soft_target_kl(*softened, config.temperature))
+        if config.weight_map > 0:
+            rows = map_mse(learned["projector"], student.stages[-1], teacher.stages[-1])
+            parts["map_mse"] = (config.weight_map, rows)
+        return sum_of_parts(parts, batch.valid)
 
 
 METHOD = SimKD

@@ -123,6 +123,16 @@ class ImageClassifier(nn.Module):
             stages = self.extract(_noise(self.backbone, image_size or self.image_size)).stages
         return tuple(tuple(stage.shape[1:]) for stage in stages)
 
+    @torch.no_grad()
+    def pools_last_stage(self) -> bool:
+        """Whether the features are the mean of the last feature map over H and W; after `take_stages`."""
+        with _evaluating(self):
+            seen = self.extract(_noise(self.backbone, self.image_size))
+        pooled = seen.stages[-1].mean((2, 3))
+        return pooled.shape == seen.features.shape and torch.allclose(
+            pooled, seen.features, rtol=1e-4, atol=1e-5
+        )
+
     def linear_classifier(self) -> nn.Linear | None:
         """A copy of the classifier as one linear layer, feature_width to classes, if it is one."""
         return None if self.classifier is None else as_linear(self.classifier)

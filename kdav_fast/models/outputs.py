@@ -34,6 +34,8 @@ class Outputs(NamedTuple):
     """Feature maps, each B x C x H x W, shallow to deep, where a method asks for them; in the networks' dtype."""
     preactivations: tuple[Tensor, ...] = ()
     """The same maps before their last activation, where a method asks for them."""
+    head_map: Tensor | None = None
+    """What a head that works on the last map makes of it beside the embedding, in the networks' dtype."""
 
 
 def best_classes(logits: Tensor, count: int = 5) -> Tensor:

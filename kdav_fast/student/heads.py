@@ -12,17 +12,20 @@ from kdav_fast.kernels.caller import product
 
 
 class FoldableHead(nn.Module):
-    """A projector into the teacher's space and a linear classifier there that is not trained.
+    """Embeddings and a linear classifier on them, in the place of a student's own.
 
-    The projector is Linear + BatchNorm: affine at inference, so that projector and classifier fold into one
+    At inference the embedding is an affine map of the pooled features, so that it and the classifier fold into one
     `nn.Linear` and the deployed student keeps its stock architecture.
 
     Attributes:
         probabilistic: whether a softmax of the class scores is a distribution.
+        on_maps: whether it is given the last feature map, B x C x H x W, in place of the pooled features, B x
+            student_width. Then it gives the embedding and another map, which the method finds in `Outputs.head_map`.
+        width: of the embedding.
 
     Args:
         student_width: penultimate features of the student.
-        teacher_width: d, the teacher's embedding width.
+        teacher_width: d, the embedding's width.
         classes: K.
 
     Raises:
@@ -30,6 +33,7 @@ class FoldableHead(nn.Module):
     """
 
     probabilistic: bool = True
+    on_maps: bool = False
 
     def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
         super().__init__()
@@ -37,18 +41,15 @@ class FoldableHead(nn.Module):
         for name, value in sizes.items():
             if value < 1:
                 raise InputError(f"{type(self).__name__}: {name} is {value}; it must be at least 1")
-        self.classes = classes
-        # BatchNorm's shift makes a bias here redundant.
-        self.projector = nn.Linear(student_width, teacher_width, bias=False)
-        self.norm = nn.BatchNorm1d(teacher_width)
+        self.width, self.classes = teacher_width, classes
 
     @abstractmethod
     def classifier(self) -> tuple[Tensor, Tensor]:
         """Weight, K x d, and bias, K, of the classifier on embeddings."""
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Student features, B x student_width, to embeddings z, B x d."""
-        return self.norm(self.projector(features))
+    @abstractmethod
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Weight, d x student_width, and bias, d, float64, that make pooled features embeddings at inference."""
 
     def classify(self, embedding: Tensor) -> Tensor:
         """Embeddings, B x d, to class scores, B x K, in the embeddings' dtype, under autocast too."""
@@ -59,22 +60,88 @@ class FoldableHead(nn.Module):
     def fold(self) -> nn.Linear:
         """The same classifier as one linear layer on student features: exact in evaluation mode.
 
-        Computed in float64, returned in the projector's dtype.
+        Computed in float64, returned in the dtype of the parameters.
         """
-        norm = self.norm
         weight, bias = (tensor.double() for tensor in self.classifier())
-        scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
-        bias = bias + weight @ (norm.bias.double() - norm.running_mean.double() * scale)
-        weight = (weight * scale) @ self.projector.weight.double()
+        inner, shift = self.affine()
+        bias, weight = bias + weight @ shift, weight @ inner
         # Without initial weights: drawing them would change the random numbers of a run that saves its student.
-        dtype = self.projector.weight.dtype
-        folded = skip_init(nn.Linear, weight.shape[1], weight.shape[0], device=weight.device, dtype=dtype)
+        parameter = next(self.parameters())
+        classes, width = weight.shape
+        folded = skip_init(nn.Linear, width, classes, device=parameter.device, dtype=parameter.dtype)
         folded.weight.copy_(weight)
         folded.bias.copy_(bias)
         return folded
 
 
-class EmbeddingHead(FoldableHead):
+class ProjectedHead(FoldableHead):
+    """A projector into the teacher's space, Linear + BatchNorm, and a linear classifier there that is not trained.
+
+    Arguments and errors are those of `FoldableHead`.
+    """
+
+    def __init__(self, student_width: int, teacher_width: int, classes: int) -> None:
+        super().__init__(student_width, teacher_width, classes)
+        # BatchNorm's shift makes a bias here redundant.
+        self.projector = nn.Linear(student_width, teacher_width, bias=False)
+        self.norm = nn.BatchNorm1d(teacher_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Student features, B x student_width, to embeddings z, B x d."""
+        return self.norm(self.projector(features))
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        return _followed(self.projector.weight.double(), self.norm)
+
+
+class ManyToOneHead(FoldableHead):
+    """NORM's head: the last map is expanded to many of the teacher's, reduced again, and added (Liu et al., ICLR 2023).
+
+    Args:
+        student_width: C, channels of the student's last map, of which its pooled features are the mean.
+        teacher_width: of its last map.
+        classes: K.
+        copies: N, of the teacher's map.
+    """
+
+    probabilistic = False
+    on_maps = True
+
+    def __init__(self, student_width: int, teacher_width: int, classes: int, copies: int) -> None:
+        super().__init__(student_width, student_width, classes)
+        many = copies * teacher_width
+        self.expand = nn.Sequential(nn.Conv2d(student_width, many, 1, bias=False), nn.BatchNorm2d(many))
+        self.reduce = nn.Sequential(
+            nn.Conv2d(many, student_width, 1, bias=False), nn.BatchNorm2d(student_width)
+        )
+        for conv in (self.expand[0], self.reduce[0]):
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+        self.linear = nn.Linear(student_width, classes)
+
+    def forward(self, stage: Tensor) -> tuple[Tensor, Tensor]:
+        """The last map F, B x C x H x W, to pooled F + R, B x C, and the expanded map E, B x N C_t x H x W."""
+        expanded = self.expand(stage)
+        return (stage + self.reduce(expanded)).mean((2, 3)), expanded
+
+    def classifier(self) -> tuple[Tensor, Tensor]:
+        """The student's, trained."""
+        return self.linear.weight, self.linear.bias
+
+    def affine(self) -> tuple[Tensor, Tensor]:
+        (conv, norm), (back, last) = self.expand, self.reduce
+        weight, bias = _followed(conv.weight.flatten(1).double(), norm)
+        inner = back.weight.flatten(1).double()
+        weight, bias = _followed(inner @ weight, last, inner @ bias)
+        return weight + torch.eye(len(weight), dtype=weight.dtype, device=weight.device), bias
+
+
+def _followed(weight: Tensor, norm: nn.Module, bias: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+    """Weight and bias, float64, of an affine map followed by BatchNorm in evaluation mode."""
+    scale = norm.weight.double() / torch.sqrt(norm.running_var.double() + norm.eps)
+    return scale[:, None] * weight, norm.bias.double() + scale * (bias - norm.running_mean.double())
+
+
+class EmbeddingHead(ProjectedHead):
     """KDAV's head: a centre, and class prototypes as the classifier (DESIGN section 2, "The classifier").
 
     Arguments and errors are those of `FoldableHead`.
@@ -152,7 +219,7 @@ class EmbeddingHead(FoldableHead):
         return super().fold()
 
 
-class ReusedClassifierHead(FoldableHead):
+class ReusedClassifierHead(ProjectedHead):
     """SimKD's head: the teacher's own classifier (Chen et al., CVPR 2022).
 
     It scores 0 until `reuse`. Arguments and errors are those of `FoldableHead`.

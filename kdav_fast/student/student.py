@@ -17,7 +17,8 @@ class Student(nn.Module):
         head: takes the place of the classifier, which is then neither trained nor saved.
 
     Raises:
-        InputError: a head for a network without a linear classifier, or with one without bias: folding needs both.
+        InputError: a head for a network without a linear classifier, or with one without bias: folding needs both;
+            or one that works on maps, for a network whose features are no mean of its last one.
     """
 
     def __init__(self, network: ImageClassifier, head: FoldableHead | None = None) -> None:
@@ -35,6 +36,11 @@ class Student(nn.Module):
                     f"{network.name} ends in a linear layer without bias, into which an embedding head cannot "
                     "fold; choose another student, or distiller.name=kd"
                 )
+            if head.on_maps and not network.pools_last_stage():
+                raise InputError(
+                    f"the features of {network.name} are not the mean of its last feature map, on which this method's "
+                    "head works; choose another student, such as cifar:resnet8x4 or timm:resnet18, or distiller.name=kd"
+                )
             network.classifier.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Outputs:
@@ -43,11 +49,15 @@ class Student(nn.Module):
             outputs = self.network(images)
             return outputs._replace(features=outputs.features.float(), logits=outputs.logits.float())
         features, _, stages, preactivations = self.network.extract(images)
-        features = features.float()
+        features, head_map = features.float(), None
+        if self.head.on_maps:
+            embedding, head_map = self.head(stages[-1])
+            embedding = embedding.float()
         with torch.autocast(images.device.type, enabled=False):
-            embedding = self.head(features)
+            if not self.head.on_maps:
+                embedding = self.head(features)
             logits = self.head.classify(embedding.detach())
-        return Outputs(features, logits, embedding, stages, preactivations)
+        return Outputs(features, logits, embedding, stages, preactivations, head_map)
 
     @torch.no_grad()
     def weights(self) -> dict[str, Tensor]:

@@ -99,6 +99,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
         from kdav_fast.train.sync_batchnorm import synchronize_batchnorm  # it loads timm
 
         synchronize_batchnorm(trainee)
+    distiller.meet(student)
     if config.model.compile:
         network.backbone.compile()  # under an embedding head, the network as a whole is never called
     loaders = build_run_loaders(config, splits, cluster, normalization, distiller.order)

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
 
 from kdav_fast.data import Batch
+from kdav_fast.distillers.checks import follows_the_student
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.runtime.processes import Cluster
 from kdav_fast.student.trainee import Answer, Clock
@@ -41,8 +43,11 @@ def take_step(
         its micro-batches.
     """
     seen = find_gradients(run, batches, step, clock)
+    follow = None
+    if follows_the_student(run.distiller):
+        follow = partial(run.distiller.after_step, run.student, run.trainee.learned)
     with clock("optimizer"):
-        taken = run.engine.step(run.lr(step))
+        taken = run.engine.step(run.lr(step), follow)
         if run.average is not None:
             with run.engine.whole_weights():
                 run.average.update(run.student, taken)

@@ -34,7 +34,11 @@ def test_keys_are_dumped_in_the_order_of_the_schema():
         "schedule",
         "train",
     ]
-    assert lines[lines.index("distiller:") + 1 :][:3] == ["  name: kd", "  alpha: 0.9", "  temperature: 4.0"]
+    assert lines[lines.index("distiller:") + 1 :][:3] == [
+        "  name: kd",
+        "  standardize_logits: false",
+        "  sample_deviation: false",
+    ]
 
 
 def test_overrides_take_yaml_values():
@@ -58,8 +62,8 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
     assert load_config(file, ["distiller.kappa_teacher=4"]).distiller == KDAV.Config(
         name="kdav", kappa_student=3, kappa_teacher=4
     )
-    for overrides in itertools.permutations(["distiller.name=kd", "distiller.alpha=0.5"]):
-        assert load_config(file, list(overrides)).distiller.alpha == 0.5
+    for overrides in itertools.permutations(["distiller.name=kd", "distiller.weight_kl=0.5"]):
+        assert load_config(file, list(overrides)).distiller.weight_kl == 0.5
 
 
 @pytest.mark.parametrize(

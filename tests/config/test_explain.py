@@ -43,12 +43,12 @@ WRONG = {
     "distiller: {name: memories}": "distiller.name is 'memories'; allowed: 'none', ",
     # the method's own keys
     "distiller: {name: kd, needs_teacher: false}": "unknown key 'distiller.needs_teacher' with distiller.name 'kd'; "
-    "allowed in distiller: name, alpha, temperature",
+    "allowed in distiller: name, standardize_logits, sample_deviation, temperature, weight_label, weight_kl",
     "distiller: {name: kd, name.x: 3}": "the nearest known one is 'distiller.name'",
-    "distiller: {name: kd, alpha: {a: {b: 1}}}": "'distiller.alpha' is {'a': {'b': 1}}; allowed: a number",
-    "distiller: {name: kd, alpha: .nan}": "'distiller.alpha' is nan; allowed: a number of at least 0 and of at",
+    "distiller: {name: kd, weight_kl: {a: {b: 1}}}": "'distiller.weight_kl' is {'a': {'b': 1}}; allowed: a number",
+    "distiller: {name: kd, weight_kl: .nan}": "'distiller.weight_kl' is nan; allowed: a number above 0",
     "distiller: {name: kdav, posterior: on}": "'distiller.posterior' is True; allowed: 'dense', 'ids'",
-    "distiller: &all {name: kd, alpha: *all}": "the alias in line 1 refers to what it stands in",
+    "distiller: &all {name: kd, weight_kl: *all}": "the alias in line 1 refers to what it stands in",
     "teacher: {}": "'teacher.name' is missing; it must be given",
     # numbers
     "train: {epochs: '3'}": "'train.epochs' is '3', which is text; allowed: a number above 0",

@@ -50,3 +50,19 @@ def losses():
         return distiller(*batch, {}, Progress(int(10 * epoch), 100, epoch, 10.0), *begun)
 
     return losses
+
+
+@pytest.fixture
+def agrees(record_property):
+    """Compares float64 tensors with golden ones: `agrees(found, truth)`; the worst relative difference is recorded."""
+    worst = 0.0
+
+    def agrees(found, truth):
+        nonlocal worst
+        found, scale = found.detach(), truth.abs().max()
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-12 * float(scale))
+        if scale > 0:
+            worst = max(worst, float((found - truth).abs().max() / scale))
+
+    yield agrees
+    record_property("worst_relative_difference", worst)

@@ -27,12 +27,20 @@ LABELS = np.arange(IMAGES) % CLASSES
 CPU = torch.device("cpu")
 
 
+SMALL = {
+    "cocord": {"hidden": 16, "width": 12, "predictor": 10, "queue": 20},
+    "diffkd": {"width": 7},
+}
+"""Of methods whose modules are large whatever the networks are."""
+
+
 def sections(name: str) -> dict[str, MethodConfig]:
     """A method's section with its defaults, and one for each other value of a key that has few, by what is changed.
 
     Of weights that are 0, the other value is 0.5. Keys that choose between ways to compute the same are left out.
     """
-    made = {"defaults": method_section({"name": name})}
+    small = {"name": name, **SMALL.get(name, {})}
+    made = {"defaults": method_section(small)}
     for key, field in method_config(name).model_fields.items():
         values = ()
         if field.annotation is bool:
@@ -43,7 +51,7 @@ def sections(name: str) -> dict[str, MethodConfig]:
             values = (0.5,)
         for value in values:
             try:
-                made[f"{key}={value}"] = method_section({"name": name, key: value})
+                made[f"{key}={value}"] = method_section({**small, key: value})
             except ValidationError:
                 continue  # it goes with another key alone
     return made
@@ -145,6 +153,7 @@ class SmallRun:
         autocast = None if dtype == torch.float32 else dtype
         before = self.distiller.before_student
         self.trainee = Trainee(self.student, modules, self.distiller, CPU, autocast, before).eval()
+        self.distiller.meet(self.student)
 
     def sample(
         self, seed: int, rows: int = BATCH, padding: Sequence[int] = (), measuring: bool = False
@@ -161,10 +170,13 @@ class SmallRun:
 
         batch = Batch(draw(3, 8, 8), torch.from_numpy(LABELS)[index], valid, index, views=views)
         head = self.student.head
-        embedding = None if head is None else draw(head.projector.out_features)
+        embedding = None if head is None else draw(head.width)
         student = self._outputs(STUDENT, draw, embedding)
         if head is not None:
             student = student._replace(logits=head.classify(embedding).detach())
+            if head.on_maps:
+                shown = head(torch.zeros(1, *STUDENT.stages[-1]))[1]
+                student = student._replace(head_map=draw(*shown.shape[1:]).to(self.dtype))
         teacher = None if self.facts.teacher is None else self._outputs(TEACHER, draw)
         return Sample(student, teacher, batch)
 
@@ -209,6 +221,7 @@ class SmallRun:
         self.trainee.zero_grad()
         answer = self.trainee(sample.batch, sample.teacher, Progress(step, 10, step / 2, 5.0))
         (answer.total * _weight(sample.batch)).backward()
+        self.distiller.after_step(self.student, self.trainee.learned)
         leaves = {**_named(student), **dict(self.trainee.named_parameters())}
         return answer, {
             name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad.clone()
@@ -225,7 +238,11 @@ class _Answering(nn.Module):
         self.answers: Outputs | None = None
 
     def forward(self, images: Tensor) -> Outputs:
-        return self.answers
+        return _map(self.answers, lambda tensor: tensor[: len(images)])
+
+    def __deepcopy__(self, memo) -> "_Answering":
+        """A copy is told the same."""
+        return self
 
 
 def _map(record, change):

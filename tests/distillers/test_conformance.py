@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from kdav_fast.distillers.phases import Fit
 from kdav_fast.train.engine.untouched import Untouched
 from tests.distillers.small_run import BATCH, CLASSES, SmallRun, all_cases
 
@@ -99,9 +100,11 @@ def test_one_loss_has_a_gradient_and_its_parts_are_numbers(section):
 
 def test_what_is_learned_is_trained(section):
     run = prepared(section)
-    _, gradients = run.answer(run.sample(10))
+    _, gradients = run.answer(run.sample(10), step=9)  # terms that come in by and by have begun to
+    before = {name for phase in run.distiller.phases() if isinstance(phase, Fit) for name in phase.modules}
     for name, _ in run.trainee.learned.named_parameters():
-        assert gradients[f"learned.{name}"].any(), name
+        if name.split(".")[0] not in before:  # these may be left as they are
+            assert gradients[f"learned.{name}"].any(), name
 
 
 def test_state_makes_a_round_trip(section):

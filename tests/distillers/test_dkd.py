@@ -8,43 +8,44 @@ import torch
 from kdav_fast.config.loading import load_config
 from kdav_fast.distillers.base import Progress
 from kdav_fast.distillers.dkd import decoupled_kl
-from kdav_fast.distillers.kd import soft_target_kl
+from kdav_fast.distillers.terms.softened import soft_target_kl
 from kdav_fast.errors import InputError
-from kdav_fast.models.outputs import Outputs
-from tests.distillers.golden import golden_cases, load_golden
+from tests.distillers.golden import BEGINNING, Golden, golden_cases
+
+WEIGHTS = {"temperature": "temperature", "weight_label": "ce_weight", "alpha": "alpha", "beta": "beta"}
 
 
-def answers(case, dtype):
-    """Of student and teacher, the student's logits a leaf; and the labels."""
-    student, teacher = (torch.from_numpy(case[f"{who}_logits"]).to(dtype) for who in ("student", "teacher"))
-    none = student.new_zeros(len(student), 1)
-    return Outputs(none, student.requires_grad_()), Outputs(none, teacher), torch.from_numpy(case["target"])
+def compare(golden, distiller, agrees, progress=BEGINNING):
+    (student,) = golden.leaves("student_logits")
+    losses = golden.losses(distiller, [student], [golden["teacher_logits"]], progress)
+    agrees(losses.parts["cross_entropy"], golden["ce"])
+    agrees(losses.parts["target_class_kl"], golden["tckd"])
+    agrees(losses.parts["non_target_class_kl"], golden["nckd"])
+    agrees(losses.total, golden["loss"])
+    agrees(student.grad, golden["grad_student_logits"])
 
 
-@pytest.mark.parametrize("setting", ["", "warmup_", "imagenet_"])
-@pytest.mark.parametrize("name", golden_cases("DKD"))
-def test_loss_parts_and_gradient_are_the_authors(name, setting, build, batch):
-    case = load_golden(name)
-    student, teacher, labels = answers(case, torch.float64)
-    published = "imagenet_" if setting == "imagenet_" else ""
-    keys = {key: float(case[published + key]) for key in ("temperature", "alpha", "beta")}
-    epochs = int(case["warmup_epochs"]) if setting == "warmup_" else 1
-    epoch = int(case["warmup_epoch"]) if setting == "warmup_" else 1
-    distiller = build("dkd", {"classes": student.logits.shape[1]}, warmup_epochs=float(epochs), **keys)
-    images = batch[2]._replace(labels=labels, valid=torch.ones_like(labels, dtype=torch.bool))
+@pytest.mark.parametrize("setting", ["", "imagenet_"])
+@pytest.mark.parametrize("case", golden_cases("DKD"))
+def test_it_is_the_authors(case, setting, build, agrees):
+    golden = Golden(case, setting)
+    compare(golden, build("dkd", golden.facts, warmup_epochs=1.0, **golden.numbers(**WEIGHTS)), agrees)
+
+
+@pytest.mark.parametrize("case", golden_cases("DKD"))
+def test_while_it_warms_up_it_is_the_authors(case, build, agrees):
+    golden = Golden(case, "warmup_")
+    keys = golden.numbers(**WEIGHTS, warmup_epochs="epochs")
     # Epochs are counted from 1 there: in the middle of the fifth, four and a half are behind.
-    losses = distiller(student, teacher, images, {}, Progress(45, 2400, epoch - 0.5, 240.0))
-    losses.total.backward()
-    truth = {
-        "cross_entropy": case[published + "ce"],
-        "target_class_kl": case[published + "tckd"],
-        "non_target_class_kl": case[published + "nckd"],
-    }
-    for part, value in truth.items():
-        torch.testing.assert_close(losses.parts[part], torch.tensor(float(value), dtype=torch.float64))
-    torch.testing.assert_close(losses.total.item(), float(case[f"{setting}loss"]), rtol=1e-10, atol=0)
-    gradient = torch.from_numpy(case[f"{setting}grad_student_logits"])
-    torch.testing.assert_close(student.logits.grad, gradient, rtol=1e-9, atol=1e-12)
+    progress = Progress(45, 2400, int(golden["epoch"]) - 0.5, 240.0)
+    compare(golden, build("dkd", golden.facts, **keys), agrees, progress)
+
+
+@pytest.mark.parametrize("case", golden_cases("LSDKD"))
+def test_standardised_it_is_the_authors(case, build, agrees):
+    golden = Golden(case)
+    keys = {"standardize_logits": True, "sample_deviation": True, **golden.numbers(**WEIGHTS)}
+    compare(golden, build("dkd", golden.facts, warmup_epochs=1.0, **keys), agrees)
 
 
 def by_hand(student, teacher, label, temperature):
@@ -127,5 +128,5 @@ def test_what_it_does_not_go_with(build):
         load_config(None, [*taught, "train.mixup=0.2"])
     with pytest.raises(InputError, match="distiller.alpha and distiller.beta are both 0; raise one"):
         load_config(None, [*taught, "distiller.alpha=0", "distiller.beta=0"])
-    with pytest.raises(InputError, match="the data have one class; use distiller.name=kd"):
+    with pytest.raises(InputError, match="the data have one class; use distiller.name=none"):
         build("dkd", {"classes": 1})

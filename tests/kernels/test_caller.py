@@ -7,8 +7,8 @@ import torch
 from torch.autograd import forward_ad
 
 from kdav_fast import EmbeddingHead, KDAVLoss, TeacherMemory, kdav_loss
-from kdav_fast.distillers.kd import soft_target_kl
 from kdav_fast.distillers.simkd import feature_mse
+from kdav_fast.distillers.terms.softened import soft_target_kl
 
 from .golden import load_case
 from .inputs import DEVICE, make_inputs, values_and_gradient

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from kdav_fast import EmbeddingHead
 from kdav_fast.errors import InputError
-from kdav_fast.student.heads import ReusedClassifierHead
+from kdav_fast.student.heads import ManyToOneHead, ReusedClassifierHead
 
 
 @pytest.fixture
@@ -140,3 +140,19 @@ def test_errors():
         ReusedClassifierHead(6, 0, 4)
     with pytest.raises(InputError, match="no teacher embedding was observed"):
         EmbeddingHead(6, 9, 4).set_center()
+
+
+@torch.no_grad()
+def test_a_head_on_maps_folds_into_what_it_answers_for_their_mean():
+    torch.manual_seed(0)
+    head = ManyToOneHead(6, 4, 5, copies=3)
+    for norm in (head.expand[1], head.reduce[1]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.1, 4)
+        norm.weight.normal_()
+        norm.bias.normal_()
+    maps = torch.randn(7, 6, 3, 2)
+    embedding, expanded = head.eval()(maps)
+    assert expanded.shape == (7, 12, 3, 2)
+    scores = head.fold()(maps.mean((2, 3)))
+    torch.testing.assert_close(scores, head.classify(embedding), rtol=1e-4, atol=1e-5)

@@ -122,8 +122,15 @@ class SampleMemory(Memory):
         self._values[spare:] = 0
         self._seen[spare:] = False
 
+    @torch.no_grad()
+    def begin_uniform(self, bound: float) -> None:
+        """Values in -bound .. bound for images of which nothing is remembered yet, by torch's seed."""
+        self._values[:-1].uniform_(-bound, bound)
+
     def rows(self, index: Tensor) -> Tensor:
-        """What is remembered of B images: B x width, float32, on the device of `index`; zeros where nothing is.
+        """What is remembered of B images: B x width, on the device of `index`, halves widened to float32.
+
+        Zeros where nothing is, or what `begin_uniform` gave.
 
         Args:
             index: B int64.
@@ -131,7 +138,8 @@ class SampleMemory(Memory):
         Raises:
             InputError: no such index, or one outside 0 .. N - 1; on an accelerator as in `update`.
         """
-        return self._at("rows", self._values, index).float()
+        rows = self._at("rows", self._values, index)
+        return rows if rows.dtype == torch.float64 else rows.float()
 
     def seen(self, index: Tensor) -> Tensor:
         """Of which of B images anything is remembered: B booleans, on the device of `index`.

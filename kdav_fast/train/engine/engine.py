@@ -4,7 +4,7 @@ import logging
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -157,11 +157,12 @@ class Engine(ABC):
         if not last:
             self._engine.step()  # only counts
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, follow: Callable[[], None] | None = None) -> Tensor:
         """Take the optimizer step, after the last micro-batch.
 
         Args:
             lr: learning rate; each group of parameters takes its `lr_factor` of it.
+            follow: what then brings buffers after the weights; called with whole weights.
 
         Returns:
             Whether it was taken or skipped, the same on all ranks: scalar, boolean, on the device.
@@ -169,6 +170,9 @@ class Engine(ABC):
         for group in self.param_groups:
             group["lr"] = lr * group.get("lr_factor", 1.0)
         taken = self._step()
+        if follow is not None:
+            with self.whole_weights():
+                follow()
         self._untouched.settle(taken)
         self.loss_scale.update(taken)
         self._apply_loss_scale()

@@ -1,0 +1,42 @@
+"""Training images of other classes, drawn anew for every step."""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class OtherClasses(nn.Module):
+    """For each image of a batch K images of other classes, without replacement.
+
+    All images of a step draw from one permutation of the training set, each its first K of another class: one product
+    with these rows serves the batch, where K rows an image would have to be collected. It depends on the step alone, so
+    that it is the same on every rank and after a restart.
+
+    Args:
+        labels: N class ids of the training images.
+        count: K.
+    """
+
+    def __init__(self, labels: np.ndarray, count: int) -> None:
+        super().__init__()
+        # A fact of the data, not of a run's state.
+        self.register_buffer("labels", torch.from_numpy(labels.astype(np.int64)), persistent=False)
+        self.count = count
+        self.candidates = min(len(labels), count + int(np.bincount(labels).max()))
+
+    def draw(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Images M, M being K and the size of the largest class at most, and their weights B x M.
+
+        A row's weights are 1 for its K images and 0 for others. Where there are fewer than K images of other classes,
+        they count K together: as often as K draws with replacement would draw them on average.
+
+        Args:
+            labels: B class ids.
+            step: of the run.
+        """
+        generator = torch.Generator(self.labels.device).manual_seed(step)
+        order = torch.randperm(len(self.labels), generator=generator, device=self.labels.device)
+        index = order[: self.candidates]
+        other = self.labels[index] != labels[:, None]
+        drawn = other & (other.cumsum(1) <= self.count)
+        return index, drawn * (self.count / drawn.sum(1, keepdim=True).clamp(min=1))
