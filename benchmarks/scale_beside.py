@@ -5,29 +5,42 @@
 
 Each checkout runs its own benchmarks/scale_process.py in a group of processes of its own, with one core each. They
 work in turn, a short round each, and change which goes first, so that what else the machine does falls on both alike.
-What counts is the quotient of the two rounds of a pair; a step takes as long as on the slowest process.
+What counts is the quotient of the two rounds of a pair; a step takes as long as on the slowest process. The processor's
+time tells of a CPU that others use too what the clock does not.
 """
 
 import argparse
 import statistics
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 from command_line import Parser, check_device, positive
 from scale import make_parser, settle
-from scale_groups import HERE, PROGRAM, Group, write_data, write_recipe
+from scale_groups import PROGRAM, Group, write_data, write_recipe
 from timing import quantiles
 
 from kdav_fast.errors import InputError
 
 
-def seconds_a_step(group: Group, count: int) -> float:
-    """Mean over `count` steps of the slowest process's."""
-    return max(map(statistics.mean, group.ask("steps", count=count)))
+class Spent(NamedTuple):
+    """Seconds a step."""
+
+    wall: float
+    """Of the slowest process, by the clock."""
+    cpu: float
+    """Of the processor, of all processes."""
 
 
-def measure(options: argparse.Namespace, folder: Path) -> list[tuple[float, float]]:
-    """Seconds a step, there and here, of each round."""
+def take_round(group: Group, count: int) -> Spent:
+    """Means over `count` steps."""
+    before = group.cpu_seconds()
+    wall = max(map(statistics.mean, group.ask("steps", count=count)))
+    return Spent(wall, (group.cpu_seconds() - before) / count)
+
+
+def measure(options: argparse.Namespace, folder: Path) -> list[tuple[Spent, Spent]]:
+    """Pairs of rounds, there and here."""
     world = options.processes
     write_data(folder, options.classes, options.image_size)
     write_recipe(folder, options)
@@ -38,25 +51,25 @@ def measure(options: argparse.Namespace, folder: Path) -> list[tuple[float, floa
         for group in (there, here):  # both have been starting
             group.wait_until_ready()
         for group in (there, here):  # the first steps allocate, and fill the memory
-            typical = seconds_a_step(group, 3)
+            typical = take_round(group, 3).wall
         count = max(3, round(options.round_seconds / typical))
         pairs = []
         for number in range(options.rounds):
             order = (there, here) if number % 2 == 0 else (here, there)
-            taken = {group: seconds_a_step(group, count) for group in order}
+            taken = {group: take_round(group, count) for group in order}
             pairs.append((taken[there], taken[here]))
             print(f"round {number + 1} of {options.rounds}", flush=True)
     return pairs
 
 
-def tell(pairs: list[tuple[float, float]], world: int) -> None:
-    there, here = (1e3 * quantiles(side)["median_s"] for side in zip(*pairs, strict=True))
-    quotient = quantiles([now / before for before, now in pairs], "quotient")
-    spread = f"{quotient['p20_quotient']:.3f} .. {quotient['p80_quotient']:.3f}"
-    print(
-        f"a step of {world} processes: {there:.1f} ms there, {here:.1f} ms here; "
-        f"here over there {quotient['median_quotient']:.3f} ({spread})"
-    )
+def tell(pairs: list[tuple[Spent, Spent]]) -> None:
+    print(f"{'a step':12}{'there ms':>10}{'here ms':>10}{'here over there':>26}")
+    for what in Spent._fields:
+        sides = [[getattr(spent, what) for spent in side] for side in zip(*pairs, strict=True)]
+        there, here = (1e3 * quantiles(side)["median_s"] for side in sides)
+        q = quantiles([now / before for before, now in zip(*sides, strict=True)], "quotient")
+        shown = f"{q['median_quotient']:.3f} ({q['p20_quotient']:.3f} .. {q['p80_quotient']:.3f})"
+        print(f"{what:12}{there:10.1f}{here:10.1f}{shown:>26}")
 
 
 def main() -> None:
@@ -67,12 +80,10 @@ def main() -> None:
     try:
         check_device(options.device)
         options.tree = options.tree.resolve()
-        if not (options.tree / PROGRAM).is_file() or options.tree == HERE:
-            raise InputError(
-                f"{options.tree} has no {PROGRAM}, or is this checkout; give another of kdav_fast"
-            )
+        if not (options.tree / PROGRAM).is_file():
+            raise InputError(f"{options.tree} has no {PROGRAM}; give a checkout of kdav_fast")
         with tempfile.TemporaryDirectory() as name:
-            tell(measure(options, Path(name)), options.processes)
+            tell(measure(options, Path(name)))
     except InputError as error:
         parser.error(str(error))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import psutil
 from PIL import Image
 from random_teacher import write_random_teacher
 
@@ -106,6 +107,11 @@ class Group:
     def wait_until_ready(self) -> None:
         """Raises InputError if one of them cannot be set up."""
         self._answers()
+
+    def cpu_seconds(self) -> float:
+        """Of the processor, spent by all of them since they began."""
+        times = [psutil.Process(process.pid).cpu_times() for process in self._processes]
+        return sum(time.user + time.system for time in times)
 
     def ask(self, do: str, **arguments: Any) -> list[Any]:
         """Every process's answer, in order of rank; all begin at the same time."""

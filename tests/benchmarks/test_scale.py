@@ -148,6 +148,22 @@ def test_the_curves_reach_1024_and_say_what_they_assume(tmp_path):
     assert "predictions, not measurements" in process.stdout.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_two_checkouts_take_turns():
+    """This one beside itself."""
+    arguments = [str(Path(__file__).parents[2]), *SMALLEST, "--rounds=2", "--round-seconds=0.02"]
+    *_, wall, cpu = completed("scale_beside.py", arguments).stdout.splitlines()
+    for name, line in (("wall", wall), ("cpu", cpu)):
+        there, here, quotient = map(float, line.removeprefix(name).split("(")[0].split())
+        assert min(there, here, quotient) > 0
+
+
+def test_a_folder_that_is_no_checkout_is_refused(tmp_path, monkeypatch, capsys):
+    assert "has no benchmarks/scale_process.py" in refusal(
+        "scale_beside.py", [str(tmp_path)], monkeypatch, capsys
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [

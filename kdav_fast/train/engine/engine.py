@@ -21,7 +21,7 @@ from kdav_fast.train.engine.settings import deepspeed_config, shows_in_log
 from kdav_fast.train.engine.untouched import Untouched
 
 _BUCKET_MB = 8
-"""Of gradients: what is still to be sent when the backward pass ends."""
+"""Of gradients: at most so much is still to be sent when the backward pass ends."""
 
 
 def _import_deepspeed(device: torch.device):
