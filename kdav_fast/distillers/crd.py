@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from kdav_fast.config.section import Count, Fraction, NonNegative, Positive
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
-from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.negatives import OtherClasses
 from kdav_fast.distillers.memories.sample import SampleMemory
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
@@ -123,7 +123,7 @@ class CRD(FeatureMethod):
         negative = torch.exp(z @ memory.rows(index).T / self.config.contrast_temperature)
         with torch.no_grad():
             mean = (positive + (weight * negative).sum(1)) / (1 + self.config.negatives)
-            means, valid = gather_rows(mean.double(), batch.valid)
+            means, valid = Gathering(mean.double(), batch.valid).rows()
             found = self.images * mean_over_valid(means, valid)
             normalizer.copy_(torch.where(normalizer > 0, normalizer, found))
         # Of a first batch without a valid image nothing counts.

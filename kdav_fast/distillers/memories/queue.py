@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.gather import Gathering
 
 
 class Queue(nn.Module):
@@ -39,7 +39,7 @@ class Queue(nn.Module):
             rows: B x width, of length 1.
             valid: B booleans.
         """
-        rows, valid = gather_rows(rows.to(self._rows.dtype), valid)
+        rows, valid = Gathering(rows.to(self._rows.dtype), valid).rows()
         rank, count = valid.cumsum(0) - 1, valid.sum()
         kept = valid & (rank >= count - self.length)
         self._rows[torch.where(kept, (self.pointer + rank) % self.length, self.length)] = rows

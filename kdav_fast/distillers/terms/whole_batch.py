@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kdav_fast.distillers.memories.gather import gather_rows
+from kdav_fast.distillers.memories.gather import Gathering
 
 
 def gather_batch(valid: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
@@ -20,7 +20,7 @@ def gather_batch(valid: Tensor, *columns: Tensor) -> tuple[Tensor, ...]:
             count all ranks' rows.
     """
     columns = tuple(column.masked_fill(~valid.view(-1, *[1] * (column.ndim - 1)), 0) for column in columns)
-    everyone, *gathered = gather_rows(valid, *(column.detach() for column in columns))
+    everyone, *gathered = Gathering(valid, *(column.detach() for column in columns)).rows()
     if everyone is valid:  # alone
         return valid, *columns
     factor = everyone.sum() / valid.sum().clamp(min=1)
