@@ -59,8 +59,9 @@ def as_bytes(contents) -> list[bytes]:
 
 
 def readers() -> list[psutil.Process]:
-    """The processes that read for this one."""
-    return [child for child in psutil.Process().children() if "reading_process" in " ".join(child.cmdline())]
+    """The processes that read for this one and live."""
+    alive = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in alive if "reading_process" in " ".join(child.cmdline())]
 
 
 def slabs() -> int:

@@ -42,8 +42,8 @@ def poison_loss(steps: list[int]) -> None:
     """In the run's steps of these numbers, wherever it was continued."""
     forward = KDAV.forward
 
-    def poisoned(self, student, teacher, batch, learned, progress):
-        losses = forward(self, student, teacher, batch, learned, progress)
+    def poisoned(self, student, teacher, batch, learned, progress, *begun):
+        losses = forward(self, student, teacher, batch, learned, progress, *begun)
         return losses._replace(total=losses.total * NAN) if progress.step + 1 in steps else losses
 
     KDAV.forward = poisoned

@@ -52,9 +52,8 @@ class ImageFolder(EncodedImages):
         return open_regular_file(self._path(position))
 
     def places(self, positions: np.ndarray) -> Places:
-        root, count = f"{self.root}{os.sep}", len(positions)
-        paths = [root + self.paths[position] for position in positions.tolist()]
-        return Places(paths, np.zeros(count, np.int64), np.full(count, -1))
+        paths = [self._path(position) for position in positions.tolist()]
+        return Places(paths, np.zeros(len(paths), np.int64), np.full(len(paths), -1))
 
     def byte_sizes(self) -> np.ndarray:
         return self._byte_sizes
