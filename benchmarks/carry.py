@@ -305,16 +305,29 @@ def link_kernels(repository: Path = REPOSITORY) -> None:
         link.symlink_to(os.path.join("..", "kernels"))  # noqa: PTH118  a link's text, not a path
 
 
+def check_pack(options: argparse.Namespace) -> None:
+    """Raise `CarryError` for what cannot be packed, before hundreds of megabytes are fetched."""
+    if not options.part_mib >= 1:
+        raise CarryError(f"--part-mib is {options.part_mib:g}; give at least 1")
+    if options.teacher and not options.teacher.is_file():
+        raise CarryError(f"--teacher {options.teacher} is no file; give a file of weights")
+    for given in options.images:
+        label, _, root = given.partition("=")
+        if not label or "/" in label or not root or not Path(root).is_dir():
+            raise CarryError(
+                f"--images has '{given}'; give NAME=FOLDER, a name without / and a folder that exists"
+            )
+
+
 def run_pack(options: argparse.Namespace) -> None:
+    check_pack(options)
     with tempfile.TemporaryDirectory(prefix="carry_") as name:
         folder = Path(name)
         files = dict.fromkeys(fetch_wheels(options.wheels, folder), "wheel")
         if options.teacher:
             files[options.teacher] = "teacher"
         for given in options.images:
-            label, equals, root = given.partition("=")
-            if not equals or not Path(root).is_dir():
-                raise CarryError(f"--images has '{given}'; give NAME=FOLDER")
+            label, _, root = given.partition("=")
             pack_images(label, Path(root), folder / f"{label}.tar")
             files[folder / f"{label}.tar"] = "images"
         # Small wheels come first, so that the first parts serve alone; the hundreds of megabytes of DALI come last.

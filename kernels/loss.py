@@ -103,7 +103,8 @@ def kdav_loss(
         raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'none', 'sum'")
     if workspace_bytes is not None and not workspace_bytes > 0:
         raise ValueError(f"workspace_bytes is {workspace_bytes}; it must be above 0, or None for the default")
-    tensors = (student_embedding, teacher_embedding, teacher_logits, memory_embedding, memory_posterior)
+    given = teacher_embedding, teacher_logits, memory_embedding, memory_posterior
+    tensors = student_embedding, *map(_saveable, given)
     if memory_order is not None:
         _check_order(memory_order, memory_posterior, teacher_logits.shape[1])
     name = _implementation(impl, *tensors)
@@ -127,10 +128,17 @@ def kdav_loss(
             membership_kl, prediction_kl = IMPLEMENTATIONS[name](*tensors, filled, **settings, **bound)
             if name != "reference":
                 only_first_derivative((membership_kl, prediction_kl), name)
-            loss = weight_membership * membership_kl + weight_prediction * prediction_kl
+            loss = weights["weight_membership"] * membership_kl + weights["weight_prediction"] * prediction_kl
     if reduction != "none":
         loss = loss.mean() if reduction == "mean" else loss.sum()
     return KDAVResult(loss, membership_kl.detach(), prediction_kl.detach())
+
+
+def _saveable(tensor: Tensor) -> Tensor:
+    """A copy of what was made in inference mode, which a backward pass may not keep."""
+    if torch.compiler.is_compiling() or not tensor.is_inference() or torch.is_inference_mode_enabled():
+        return tensor
+    return tensor.clone()
 
 
 def _implementation(impl: str, student: Tensor, *others: Tensor) -> str:
@@ -222,12 +230,14 @@ def _check_filled(filled: int | Tensor | None, memory: Tensor) -> int | Tensor:
     if filled is None:
         return length
     if isinstance(filled, Tensor):
-        if filled.numel() != 1 or filled.is_floating_point():
+        if filled.numel() != 1 or filled.is_floating_point() or filled.dtype == torch.bool:
             raise TypeError(
                 f"filled is a {filled.dtype} tensor of shape {tuple(filled.shape)}; it must be one integer"
             )
         if filled.device.type != "cpu":
             return filled
+    if isinstance(filled, bool | float | str):
+        raise TypeError(f"filled is {filled!r}; it must be one integer")
     filled = int(filled)
     if filled == 0:
         raise ValueError("filled is 0: the memory is empty; push the teacher's batch into it first")

@@ -73,13 +73,19 @@ class EpochLoader(ABC):
         self._labels = torch.from_numpy(images.labels)
         self._epoch = 0
         self._handed_out = 0  # batches of this epoch
+        self._iterators = 0  # that have begun
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the rest of the current epoch, then stand at the start of the next one.
 
+        A loader has one position: once another iterator has begun, this one gives no more.
+
         Raises:
             InputError: an image cannot be read or decoded; the message names it.
+            RuntimeError: another iterator has begun meanwhile.
         """
+        self._iterators += 1
+        mine = self._iterators
         places = self._epochs.places(self._epoch)
         for images in self._rest_of_epoch(self._epoch, self._handed_out):
             batch = self._batch(images, places[self._handed_out])
@@ -88,6 +94,11 @@ class EpochLoader(ABC):
             if self._handed_out == self.batches_per_epoch:
                 self._epoch, self._handed_out = self._epoch + 1, 0
             yield batch
+            if self._iterators != mine:
+                raise RuntimeError(
+                    f"an iterator over the {self.images.split} images was asked for more after a newer one had begun; "
+                    "a loader has one position: use one iterator at a time"
+                )
 
     def state_dict(self) -> dict[str, Any]:
         """Position, order and random state of this rank as JSON values; exact in the middle of an epoch."""

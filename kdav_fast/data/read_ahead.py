@@ -57,6 +57,7 @@ class _Reader:
     """A process that reads."""
 
     def __init__(self) -> None:
+        self._creator = os.getpid()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The signals that stop a run are for the run, which may ask for more batches until it has saved its state.
         # A process inherits what its maker's thread does not want to hear of.
@@ -82,6 +83,7 @@ class _Reader:
 
     def ask(self, images: EncodedImages, batch: np.ndarray) -> None:
         """Have a batch's images read."""
+        self._refuse_forks()
         new = not self._free
         number, slab = self._new_slab() if new else self._free.popleft()
         places = images.places(batch)
@@ -97,6 +99,7 @@ class _Reader:
 
     def answer(self) -> list[np.ndarray]:
         """The contents of the batch that was asked for first."""
+        self._refuse_forks()
         try:
             message = self._channel.recv(MESSAGE.size)
         except ConnectionError:
@@ -114,17 +117,33 @@ class _Reader:
         table = whole[: 16 * count].view(np.int64).tolist()
         return [whole[start:end] for start, end in zip(table[::2], table[1::2], strict=True)]
 
+    def _refuse_forks(self) -> None:
+        """What a fork takes out of the channel, its parent would miss."""
+        if os.getpid() != self._creator:
+            raise RuntimeError(
+                f"a loader that process {self._creator} began to iterate is used in a fork of it; build a loader in "
+                "each process"
+            )
+
     def _new_slab(self) -> tuple[int, Slab]:
         self._slabs += 1
         return self._slabs, Slab(os.memfd_create("kdav_fast-files"))
 
     def _lost(self) -> ReaderLostError:
         code = self._process.wait()
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = f"was ended by {_signal_name(-code)}" if code < 0 else f"ended with exit code {code}"
+        host = socket.gethostname()
         return ReaderLostError(
-            f"process {self._process.pid}, which reads image files, {how}; if it was not you, look into the system's "
-            "log for what ended it, such as a lack of memory"
+            f"process {self._process.pid} on host {host}, which reads image files, {how}; if it was not you, look into "
+            "the system's log for what ended it, such as a lack of memory"
         )
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # of real-time signals only the first and the last have a name
+        return f"signal {number}"
 
 
 def _end(creator: int, process: subprocess.Popen, channel: socket.socket, free: deque) -> None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, lack_of_means
 from kdav_fast.runtime.ending import before_end
 from kdav_fast.runtime.files import write_flushed
 from kdav_fast.runtime.process_identity import ProcessIdentity
@@ -170,6 +170,8 @@ class RunLock:
         except FileNotFoundError:
             return None
         except OSError as error:
+            if lack := lack_of_means(error):
+                raise lack from None
             reason = "is a link" if error.errno == errno.ELOOP else error.strerror
             raise InputError(f"{path}: {reason}; remove it if no run uses the folder") from None
         try:

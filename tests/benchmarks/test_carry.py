@@ -174,6 +174,27 @@ def test_the_command_says_what_is_missing_and_ends_with_1_until_nothing_is(packe
     assert "is no manifest; give --manifest FILE" in nothing.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--part-mib", "0"], "--part-mib is 0; give at least 1"),
+        (["--part-mib", "nan"], "--part-mib is nan"),
+        (["--teacher", "nowhere"], "--teacher nowhere is no file"),
+        (["--images", "photos=nowhere"], "--images has 'photos=nowhere'"),
+        (["--images", "a/b=."], "a name without /"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused_before_anything_is_fetched(
+    tmp_path, monkeypatch, capsys, arguments, reason
+):
+    monkeypatch.setattr(carry, "fetch_wheels", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(sys, "argv", ["carry.py", "pack", str(tmp_path / "out"), *arguments])
+    with pytest.raises(SystemExit) as end:
+        carry.main()
+    assert end.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
 def test_kernels_are_found_without_installing_the_package(tmp_path):
     (tmp_path / "kdav_fast").mkdir()
     (tmp_path / "kernels").mkdir()

@@ -96,6 +96,20 @@ def test_a_rank_may_end_on_a_batch_of_padding(make_loader, numbered_split):
     assert [batch.valid.tolist() for batch in batches] == [[True, True], [False, False]]
 
 
+def test_an_iterator_ends_when_a_newer_one_begins(make_loader, numbered_split):
+    """Else it would give images of the newer one's epoch with labels of its own."""
+    loader = make_loader(numbered_split(40), batch_size=8)
+    older = iter(loader)
+    next(older)
+    newer = iter(loader)
+    second = next(newer)
+    with pytest.raises(RuntimeError, match="use one iterator at a time"):
+        next(older)
+    rest = list(newer)
+    seen = torch.cat([batch.index for batch in (second, *rest)])
+    assert len(seen.unique()) == 32
+
+
 def test_unshuffled_order_is_the_same_every_epoch(make_loader, numbered_split):
     loader = make_loader(numbered_split(6))
     assert order_of(loader) == order_of(loader) == list(range(6))

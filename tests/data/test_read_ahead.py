@@ -177,6 +177,21 @@ def test_memory_is_used_again_and_given_back(files):
     assert slabs() == 0
 
 
+def test_a_fork_may_not_go_on_with_it(files):
+    contents = endless(files)
+    next(contents)
+    child = os.fork()
+    if child == 0:
+        try:
+            next(contents)
+        except RuntimeError as error:
+            os._exit(0 if "build a loader in each process" in str(error) else 1)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    for _ in range(3):
+        assert as_bytes(next(contents)) == truth(files, range(4))
+
+
 def endless(images):
     return read_ahead((np.arange(4) for _ in count()), images, depth=1)
 
@@ -205,12 +220,13 @@ def test_signals_that_stop_a_run_are_left_to_it(files, number):
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
-def test_a_reader_that_was_killed_is_told_in_one_line(files):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 1, "signal 3")])
+def test_a_reader_that_was_killed_is_told_in_one_line(files, number, name):
     contents = endless(files)
     next(contents)
     (reader,) = readers()
-    reader.kill()
-    with pytest.raises(ReaderLostError, match=rf"process {reader.pid}, .* SIGKILL") as error:
+    reader.send_signal(number)
+    with pytest.raises(ReaderLostError, match=rf"process {reader.pid} on host .* {name}") as error:
         list(contents)
     assert isinstance(error.value, RankLostError)  # which the command line prints alone
     assert "\n" not in str(error.value)

@@ -218,6 +218,16 @@ def test_two_backward_passes_of_one_forward(impl):
 
 
 @pytest.mark.parametrize("impl", QUICK)
+def test_a_teacher_that_answered_in_inference_mode(impl):
+    student, *rest = float32_inputs()
+    expected = torch.autograd.grad(kdav_loss(student.requires_grad_(), *rest, impl=impl).loss, student)
+    with torch.inference_mode():
+        rest = [tensor.clone() if isinstance(tensor, torch.Tensor) else tensor for tensor in rest]
+    found = torch.autograd.grad(kdav_loss(student, *rest, impl=impl).loss, student)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("impl", QUICK)
 def test_without_a_gradient(impl):
     student, *rest = float32_inputs()
     expected = kdav_loss(student, *rest, impl="reference").loss

@@ -178,6 +178,9 @@ def replaced(position, value):
         (list, 13, ValueError, "filled is 13; it must be 1..12"),
         (list, torch.tensor(0), ValueError, "memory is empty"),
         (list, torch.ones(2, dtype=torch.int64), TypeError, "one integer"),
+        (list, torch.tensor(True), TypeError, "one integer"),
+        (list, True, TypeError, "filled is True; it must be one integer"),
+        (list, 2.7, TypeError, "filled is 2.7; it must be one integer"),
     ],
 )
 def test_unusable_inputs_are_named(change, filled, error, message):

@@ -9,7 +9,7 @@ from kdav_fast.config.data import PILLOW_MAX_PIXELS
 from kdav_fast.data.checks.jpeg import jpeg_damage
 from kdav_fast.data.formats import HEAD_BYTES, format_of, is_called, open_image
 from kdav_fast.data.image_set import EncodedImages
-from kdav_fast.errors import one_line
+from kdav_fast.errors import lack_of_means, one_line
 
 _END_BYTES = 4096
 _WIDE = ("F", "I")  # Pillow's modes of floats and 32-bit integers
@@ -27,13 +27,19 @@ class Finding(NamedTuple):
 def examine(
     images: EncodedImages, position: int, max_pixels: int | None = None, decode: bool = False
 ) -> Finding:
-    """Look at one image of a split; see `image_defect`. That it cannot be read is a defect, too."""
+    """Look at one image of a split; see `image_defect`. That it cannot be read is a defect, too.
+
+    Raises:
+        InputError: this machine lacks what reading any file takes, such as a further open file.
+    """
     try:
         with images.open(position) as file:
             kind = format_of(file.read(HEAD_BYTES))
             foreign = None if kind is None or is_called(images.name(position), kind) else kind
             return Finding(image_defect(file, max_pixels, decode), foreign)
     except OSError as error:
+        if lack := lack_of_means(error):
+            raise lack from None
         return Finding(f"cannot be read: {error.strerror or error}")
 
 

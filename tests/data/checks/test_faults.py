@@ -5,6 +5,7 @@ JPEG, 16-bit PNG, names that are not UTF-8. Broken ones stop a run before its fi
 stops it with the same message: its name, and what is wrong. Too large ones are stopped by the check alone.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -244,6 +245,16 @@ def test_training_and_evaluation_name_a_damaged_image_and_go_on_once_it_is_mende
     (root / "val/b/0.jpg").write_bytes(INSIDE["zeroed-block.jpg"])
     assert main(["evaluate", str(tmp_path / "run")]) == 2
     assert "val/b/0.jpg (damaged: " in capsys.readouterr().err
+
+
+def test_no_image_is_blamed_for_a_lack_of_open_files(root, monkeypatch):
+    def no_further(*arguments):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    images, _ = open_folder(root)
+    monkeypatch.setattr(type(images), "open", no_further)
+    with pytest.raises(InputError, match="no further open file .*raise ulimit -n"):
+        check_images(images, MAX_PIXELS, progress=False)
 
 
 def test_an_image_that_vanishes_during_training_is_named(root, make_loader):
