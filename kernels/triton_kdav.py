@@ -16,6 +16,7 @@ from torch import Tensor, library
 from kdav_fast.kernels import triton_kernels as kernels
 from kdav_fast.kernels.caller import on_device, without_autocast
 from kdav_fast.kernels.class_order import ClassOrder
+from kdav_fast.kernels.rounding import INTERPRETED
 from kdav_fast.kernels.triton_order import order_on_gpu
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -133,7 +134,7 @@ def _check_device(device: torch.device) -> None:
                 f"impl 'triton' was given a device of compute capability {major}.x; it needs 8.0 or newer: "
                 "use impl='chunked'"
             )
-    elif not kernels.INTERPRETED.value:
+    elif not INTERPRETED.value:
         raise ValueError(
             f"impl 'triton' was given tensors on {device}; it runs on CUDA: use impl='chunked', or start "
             "Python with TRITON_INTERPRET=1 to interpret the kernels (slow, for tests)"

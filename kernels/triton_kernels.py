@@ -1,4 +1,4 @@
-# ruff: noqa: N803, SIM300  (Triton writes compile-time constants in capitals)
+# ruff: noqa: N803  (Triton writes compile-time constants in capitals)
 """The fused passes over similarities that a matrix product has written, and the small kernels around them.
 
 Similarities (cosines: kappa is multiplied in where they are read) lie memory row by memory row, L x 2 rows: the
@@ -10,21 +10,10 @@ atomics, no one-hot product, no difference of running sums.
 import triton
 import triton.language as tl
 
+from kdav_fast.kernels.rounding import rounded
+
 # Slopes are at most 2 T^2 before this factor, and float16 has its subnormal numbers from 6e-5 down.
 SLOPE_SCALE = tl.constexpr(4096.0)
-
-# The interpreter cuts bfloat16 off where a GPU rounds it to nearest.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-
-@triton.jit
-def _round(x, DTYPE: tl.constexpr):
-    """x in DTYPE, to nearest."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
-        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
 
 
 @triton.jit
@@ -45,7 +34,7 @@ def unit_kernel(student, teacher, unit, batch, rows, width, BLOCK_D: tl.constexp
         x = tl.load(student + source, mask, 0.0).to(tl.float32)
     else:
         x = tl.load(teacher + source, mask, 0.0).to(tl.float32)
-    x = _round(x * _inverse_norm(x), unit.dtype.element_ty)
+    x = rounded(x * _inverse_norm(x), unit.dtype.element_ty)
     tl.store(unit + row.to(tl.int64) * width + column, x, column < width)
 
 
@@ -192,7 +181,7 @@ def membership_kernel(
         teacher_sum += q
         cross += q * (t - s)
         if not IDS:
-            weight = _round(p, weights.dtype.element_ty)
+            weight = rounded(p, weights.dtype.element_ty)
             class_sum += weight.to(tl.float32)
             target = weights + item.to(tl.int64)[:, None] * rows + column[None, :]
             tl.store(target, weight, inside[:, None] & mask[None, :])
@@ -282,15 +271,15 @@ def divergence_kernel(
         floored = tl.where(p < eps, eps, p)  # as torch.clamp: NaN stays NaN
         log_q = tl.where(q == 0, 0.0, tl.log(tl.where(q == 0, 1.0, q)))
         prediction += tl.where(mask, q * (log_q - tl.log(floored)), 0.0)
-        weight = _round(tl.where(p >= eps, q, 0.0) / floored, ratio.dtype.element_ty)
+        weight = rounded(tl.where(p >= eps, q, 0.0) / floored, ratio.dtype.element_ty)
         tl.store(ratio + class_id.to(tl.int64) * rows + row[None, :], weight, mask)
         above_sum += p * weight.to(tl.float32)
     divergence = temperature * temperature * tl.sum(prediction, 0)
     total_above = tl.sum(above_sum, 0)
     if not IDS:
-        rounded = _round(-total_above, shift.dtype.element_ty)
-        tl.store(shift + row, rounded, inside)
-        total_above += rounded.to(tl.float32)
+        stored = rounded(-total_above, shift.dtype.element_ty)
+        tl.store(shift + row, stored, inside)
+        total_above += stored.to(tl.float32)
     tl.store(above + row, total_above, inside)
     tl.store(membership_kl + row, membership, given)
     tl.store(prediction_kl + row, divergence, given)
@@ -340,7 +329,7 @@ def similarity_gradient_kernel(
     q = tl.exp(t - tl.load(log_total + rows + column, mask, 0.0)[None, :])
     value = tl.where(both, p * (offset[None, :] - b[None, :] * r) - a[None, :] * q, 0.0)
     target = slope + item.to(tl.int64)[:, None] * rows + column[None, :]
-    tl.store(target, _round(value, slope.dtype.element_ty), (item < length)[:, None] & mask[None, :])
+    tl.store(target, rounded(value, slope.dtype.element_ty), (item < length)[:, None] & mask[None, :])
 
 
 @triton.jit
@@ -362,4 +351,4 @@ def embedding_gradient_kernel(
     norm = _inverse_norm(x)
     unit = x * norm
     total = (total - unit * tl.sum(unit * total, 0)) * (norm * (kappa_student * size / SLOPE_SCALE))
-    tl.store(result + place, _round(total, result.dtype.element_ty), mask)
+    tl.store(result + place, rounded(total, result.dtype.element_ty), mask)

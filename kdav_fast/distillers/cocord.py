@@ -1,10 +1,11 @@
 """Contrastive consistent representation distillation (Fu, Yang, Yang: BMVC 2023)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
@@ -23,6 +24,7 @@ from kdav_fast.distillers.base import (
 )
 from kdav_fast.distillers.memories.queue import Queue
 from kdav_fast.distillers.memories.slow_copy import follow, slow_copy
+from kdav_fast.distillers.terms.feature_method import require_own_terms
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.models.outputs import Outputs
 
@@ -89,6 +91,11 @@ class CoCoRD(Distiller):
         """Of embeddings."""
         predictor: Count = 512
         """Width of the predictor between its layers."""
+
+        @model_validator(mode="after")
+        def _something_of_its_own(self) -> Self:
+            require_own_terms(self, "weight_contrast", "weight_predict")
+            return self
 
         @property
         def uses_labels(self) -> bool:

@@ -1,10 +1,11 @@
 """Knowledge distillation meets self-supervision (Xu, Liu, Li, Loy: ECCV 2020)."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.data import DataConfig
@@ -22,6 +23,7 @@ from kdav_fast.distillers.base import (
     widened,
 )
 from kdav_fast.distillers.phases import Fit
+from kdav_fast.distillers.terms.feature_method import require_own_terms
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
 from kdav_fast.distillers.terms.unit import unit
@@ -105,6 +107,11 @@ class SSKD(Distiller):
         """In which the teacher's head is trained."""
         head_lr: Positive = 0.05
         """Of its training, at first."""
+
+        @model_validator(mode="after")
+        def _something_of_its_own(self) -> Self:
+            require_own_terms(self, "weight_transform", "weight_similarity")
+            return self
 
         @property
         def uses_labels(self) -> bool:

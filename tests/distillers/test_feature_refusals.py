@@ -54,6 +54,22 @@ def test_a_teacher_without_a_classifier(build):
         build("srrl", {"teacher_classifier": None})
 
 
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        ("crd", ["weight_feature"]),
+        ("rkd", ["weight_distance", "weight_angle"]),
+        ("wcord", ["weight_global", "weight_local"]),
+        ("sskd", ["weight_transform", "weight_similarity"]),
+        ("cocord", ["weight_contrast", "weight_predict"]),
+    ],
+)
+def test_nothing_of_the_method_left(build, method, weights):
+    said = " and ".join(f"distiller.{name}" for name in weights)
+    with pytest.raises(ValueError, match=f"{said} being 0, nothing of distiller.name '{method}' is left"):
+        build(method, **dict.fromkeys(weights, 0.0))
+
+
 @pytest.mark.parametrize("method", ["crd", "wcord", "sskd"])
 def test_mixed_images(method):
     with pytest.raises(InputError, match=f"do not go with distiller.name '{method}'; set them"):

@@ -6,6 +6,7 @@ from typing import Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
+from kdav_fast.config.method import MethodConfig
 from kdav_fast.config.section import NonNegative, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid
@@ -14,6 +15,18 @@ from kdav_fast.models.outputs import Outputs
 
 Terms = dict[str, tuple[float, Tensor]]
 """By name: a weight, and a scalar, the mean over valid rows."""
+
+
+_COMMON = ("weight_label", "weight_kl")
+
+
+def require_own_terms(section: MethodConfig, *weights: str) -> None:
+    """Raise `ValueError` where all these weights are 0: the run would be of another method than it is called."""
+    if not any(getattr(section, name) for name in weights):
+        names = " and ".join(f"distiller.{name}" for name in weights)
+        raise ValueError(
+            f"{names} being 0, nothing of distiller.name '{section.name}' is left; raise one, or use distiller.name=kd"
+        )
 
 
 class FeatureConfig(SoftenedConfig):
@@ -33,6 +46,12 @@ class FeatureConfig(SoftenedConfig):
                 "distiller.standardize_logits is of the KL term, which is off; set distiller.weight_kl above 0, or "
                 "leave it false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _something_of_its_own(self) -> Self:
+        own = [name for name in type(self).model_fields if name.startswith("weight_") and name not in _COMMON]
+        require_own_terms(self, *own)
         return self
 
     @property
