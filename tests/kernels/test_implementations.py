@@ -116,7 +116,7 @@ def test_triton_refuses_float64():
 
 
 def test_triton_names_its_device(monkeypatch):
-    monkeypatch.setattr(triton_kdav.kernels, "INTERPRETED", triton.language.constexpr(False))
+    monkeypatch.setattr(triton_kdav, "INTERPRETED", triton.language.constexpr(False))
     inputs = make_inputs(dtype=torch.float32)
     with pytest.raises(ValueError, match="tensors on cpu.*TRITON_INTERPRET=1"):
         kdav_loss(*inputs, impl="triton")
