@@ -31,8 +31,8 @@ def is_mapped_alone() -> bool:
 
     class Mallinfo(ctypes.Structure):  # <malloc.h>: struct mallinfo2
         _fields_ = [
-            (name, ctypes.c_size_t)
-            for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+            *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd")),
+            *((f"not_used_{number}", ctypes.c_size_t) for number in range(5)),
         ]
 
     mallinfo = ctypes.CDLL(None).mallinfo2
