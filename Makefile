@@ -12,6 +12,10 @@ PHOTOS ?= data/photographs
 RUN ?= $(BIN)/python
 RESULTS ?= benchmarks/results
 
+# Python keeps what it has compiled, also where the environment says that it shall not: else each of the hundreds of
+# processes that the tests start compiles the sources of PyTorch anew, which takes longer than what most of them do.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-slow lint kernels bench bench-gpu install clean
 
 demo: install
