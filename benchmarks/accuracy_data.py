@@ -71,6 +71,7 @@ class StudyData:
             labels=self.train_labels.cpu().numpy(),
             classes=self.classes,
             label_smoothing=0.0,
+            seed=0,
             dtype=torch.float32,
             device=self.train_labels.device,
         )

@@ -65,7 +65,7 @@ def _wrong_value(path: _Path, given: Any, message: str, root: "_Schema") -> str:
         said += ", which is text"
     elif isinstance(given, float) and not math.isfinite(given):
         hint = ", finite"
-    elif isinstance(given, float) and given.is_integer() and _is_number(schema):
+    elif isinstance(given, float) and given.is_integer() and _is_whole(schema):
         hint = ", written without a point or an exponent"
     elif schema.get("type") == "string" and isinstance(given, int | float):
         hint = ", in quotes if it looks like a number or like yes or no"
@@ -74,6 +74,11 @@ def _wrong_value(path: _Path, given: Any, message: str, root: "_Schema") -> str:
 
 def _is_number(schema: dict[str, Any]) -> bool:
     return any(part.get("type") in ("integer", "number") for part in schema.get("anyOf", [schema]))
+
+
+def _is_whole(schema: dict[str, Any]) -> bool:
+    kinds = [part.get("type") for part in schema.get("anyOf", [schema])]
+    return "integer" in kinds and "number" not in kinds
 
 
 def _unknown(path: _Path, schema: "_Schema") -> str:

@@ -47,6 +47,8 @@ class Facts(NamedTuple):
     """K."""
     label_smoothing: float
     """For terms that use labels."""
+    seed: int
+    """Of the run, for what a method draws at each step; torch's generator already follows from it here."""
     dtype: torch.dtype
     """In which large products are taken and embeddings remembered; sums are in float32."""
     device: torch.device

@@ -82,7 +82,7 @@ class CRD(FeatureMethod):
             )
         self.images = len(facts.labels)
         self.chance = config.negatives / self.images
-        self.negatives = OtherClasses(facts.labels, config.negatives)
+        self.negatives = OtherClasses(facts.labels, config.negatives, facts.seed)
         for name in ("student_memory", "teacher_memory"):
             memory = SampleMemory(self.images, config.width, dtype=facts.dtype, device=facts.device)
             memory.begin_uniform(math.sqrt(3 / config.width))

@@ -145,9 +145,9 @@ class DiffKD(FeatureMethod):
 
     The student's features are taken for noisy ones of the teacher: a small diffusion model learns to denoise the
     teacher's (diffusion term; autoencoder term) and then denoises the student's, which are compared with the teacher's:
-    maps by their mean squared difference, logits by KL. Noise and times are drawn by image and step
-    (`terms/noise.py`). In the authors' code student and noise are mixed linearly by a learned gate, not with square
-    roots, and so are they here.
+    maps by their mean squared difference, logits by KL. Noise and times are drawn by seed, step and
+    image (`terms/noise.py`). In the authors' code student and noise are mixed linearly by a learned gate, not with
+    square roots, and so are they here.
     """
 
     class Config(FeatureConfig):
@@ -172,6 +172,7 @@ class DiffKD(FeatureMethod):
         pair = one_stage(facts, "diffkd", -1)
         if pair.student[1:] != pair.teacher[1:]:
             raise unlike("diffkd", pair, "but it compares maps of one height and width")
+        self.seed = facts.seed
         mid = config.width if config.autoencoder else None
         self.lend("_feature", Diffusion(pair.student[0], pair.teacher[0], mid, True, config.steps))
         self.lend("_logit", Diffusion(facts.classes, facts.classes, None, False, config.steps))
@@ -192,7 +193,7 @@ class DiffKD(FeatureMethod):
         vectors = tuple(outputs.logits[:, :, None, None] for outputs in (student, teacher))
         for number, (name, (one, other)) in enumerate({"feature": maps, "logit": vectors}.items()):
             width = learned[name].width
-            noises = draw(batch.index, progress.step, number, (width, *other.shape[2:]))
+            noises = draw(batch.index, (self.seed, progress.step), number, (width, *other.shape[2:]))
             refined, target, found, decoded = learned[name](one, other, noises)
             rows[f"{name}_diffusion"] = row_mse(found, noises.teacher)
             if decoded is not None:
@@ -209,10 +210,10 @@ class DiffKD(FeatureMethod):
         }
 
 
-def draw(index: Tensor, step: int, branch: int, shape: tuple[int, ...]) -> Noises:
-    """A branch's noise for a batch of images at a step."""
-    first, second = (normal_rows(index, step, 3 * branch + stream, shape) for stream in (0, 1))
-    return Noises(first, second, whole_rows(index, step, 3 * branch + 2, _TIMES))
+def draw(index: Tensor, moment: tuple[int, int], branch: int, shape: tuple[int, ...]) -> Noises:
+    """A branch's noise for a batch of images, at a run's seed and step."""
+    first, second = (normal_rows(index, *moment, 3 * branch + stream, shape) for stream in (0, 1))
+    return Noises(first, second, whole_rows(index, *moment, 3 * branch + 2, _TIMES))
 
 
 def _wide(width: int, factor: int) -> list[nn.Module]:

@@ -13,6 +13,7 @@ from kdav_fast.distillers.memories.negatives import OtherClasses
 from kdav_fast.distillers.memories.sample import SampleMemory
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
 from kdav_fast.distillers.terms.maps import require_features
+from kdav_fast.distillers.terms.spectral import largest_singular_value
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
 
@@ -76,7 +77,7 @@ class Head(nn.Linear):
     """z = unit((W / sigma_max(W)) h + b), the largest singular value exact and differentiated through."""
 
     def forward(self, features: Tensor) -> Tensor:
-        weight = self.weight / torch.linalg.matrix_norm(self.weight, ord=2)
+        weight = self.weight / largest_singular_value(self.weight)
         return F.normalize(widened(F.linear(features, weight, self.bias)), dim=1)
 
 
@@ -114,7 +115,7 @@ class WCoRD(FeatureMethod):
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         require_features("wcord", facts.student, facts.teacher)
-        self.negatives = OtherClasses(facts.labels, config.negatives)
+        self.negatives = OtherClasses(facts.labels, config.negatives, facts.seed)
         self.memory = SampleMemory(len(facts.labels), config.width, dtype=facts.dtype, device=facts.device)
         self.lend("_head_s", Head(facts.student.features, config.width))
         self.lend("_head_t", Head(facts.teacher.features, config.width))

@@ -76,6 +76,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
             labels=splits.train.labels,
             classes=len(classes),
             label_smoothing=train.label_smoothing,
+            seed=train.seed,
             dtype=dtype or torch.float32,
             device=device,
         ),

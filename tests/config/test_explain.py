@@ -142,6 +142,14 @@ def test_a_wrong_override_in_one_line(override):
     assert OVERRIDES[override] in refused(None, [override])
 
 
+def test_a_number_too_large_need_not_be_written_otherwise():
+    message = refused(
+        None, ["distiller.name=nkd", "distiller.temperature=1.0e+7", "teacher.name=cifar:resnet8"]
+    )
+    assert "'distiller.temperature' is 10000000.0; allowed: a number " in message
+    assert "written" not in message
+
+
 EVERY_KEY = [
     f"{section}.{key}" if inner else section
     for section, field in Sections.model_fields.items()

@@ -75,7 +75,13 @@ class FeatureCase:
         """Of networks with these shapes."""
         labels = self.arrays.get("target", np.zeros(4, dtype=np.int64))
         classes = self.arrays["student_logits"].shape[1] if "student_logits" in self else 7
-        known = {"teacher_classifier": None, "labels": labels, "classes": classes, "label_smoothing": 0.0}
+        known = {
+            "teacher_classifier": None,
+            "labels": labels,
+            "classes": classes,
+            "label_smoothing": 0.0,
+            "seed": 0,
+        }
         known |= {"dtype": torch.float64, "device": torch.device("cpu")}
         return Facts(student=student, teacher=teacher, **(known | more))
 

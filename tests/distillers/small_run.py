@@ -77,6 +77,7 @@ def small_facts(
         labels=LABELS,
         classes=CLASSES,
         label_smoothing=label_smoothing,
+        seed=0,
         dtype=dtype,
         device=CPU,
     )
@@ -134,6 +135,7 @@ class SmallRun:
         config: the method's section.
         dtype: of the networks, hence of feature maps and of what is learned.
         seed: of everything that is random in the method.
+        facts: what else than usual is known before training.
     """
 
     def __init__(
@@ -142,10 +144,11 @@ class SmallRun:
         dtype: torch.dtype = torch.float32,
         label_smoothing: float = 0.0,
         seed: int = 0,
+        facts: dict[str, object] | None = None,
     ) -> None:
         torch.manual_seed(0)
         self.config, self.dtype = config, dtype
-        self.facts = small_facts(config, dtype, label_smoothing)
+        self.facts = small_facts(config, dtype, label_smoothing)._replace(**(facts or {}))
         torch.manual_seed(seed)
         self.distiller = build_distiller(config, self.facts)
         self.student = _Answering(self.distiller.head())

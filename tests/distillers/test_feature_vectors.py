@@ -299,7 +299,7 @@ def test_diffkd(name, agrees, monkeypatch):
         assert one.module.times == case["inference_timesteps"].tolist()
         agrees(one.module.shares, case["alphas_cumprod"])
 
-    def draw(index, step, branch, shape):
+    def draw(index, moment, branch, shape):
         kind = ("feature", "logit")[branch]
         return diffkd.Noises(
             *(case[f"{kind}_{what}"] for what in ("noise_student", "noise_teacher", "timesteps"))

@@ -53,6 +53,9 @@ _OPERATORS = frozenset(
         "aten::unique_dim",
         "aten::unique_consecutive",
         "aten::bincount",
+        # Whether they converged.
+        "aten::_linalg_svd",
+        "aten::_linalg_eigh",
     }
 )
 _INDEXING = frozenset({"aten::index", "aten::index_put", "aten::index_put_", "aten::_unsafe_index"})

@@ -102,6 +102,7 @@ def test_nothing_waits_for_the_gpu(prepared, method, precision):
         lambda x: x.masked_select(x > 0),
         lambda x: torch.tensor(1.0, device=x.device),
         lambda x: F.one_hot(x.expand(3).long()),  # in torch itself
+        lambda x: torch.linalg.matrix_norm(x.expand(2, 2), ord=2),
     ],
 )
 def test_every_read_is_noticed(action):

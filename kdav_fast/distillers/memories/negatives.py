@@ -9,19 +9,20 @@ class OtherClasses(nn.Module):
     """For each image of a batch K images of other classes, without replacement.
 
     All images of a step draw from one permutation of the training set, each its first K of another class: one product
-    with these rows serves the batch, where K rows an image would have to be collected. It depends on the step alone, so
-    that it is the same on every rank and after a restart.
+    with these rows serves the batch, where K rows an image would have to be collected. It depends on seed and step
+    alone, so that it is the same on every rank and after a restart.
 
     Args:
         labels: N class ids of the training images.
         count: K.
+        seed: of the run: another one draws others.
     """
 
-    def __init__(self, labels: np.ndarray, count: int) -> None:
+    def __init__(self, labels: np.ndarray, count: int, seed: int) -> None:
         super().__init__()
         # A fact of the data, not of a run's state.
         self.register_buffer("labels", torch.from_numpy(labels.astype(np.int64)), persistent=False)
-        self.count = count
+        self.count, self.seed = count, seed
         self.candidates = min(len(labels), count + int(np.bincount(labels).max()))
 
     def draw(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,9 @@ class OtherClasses(nn.Module):
             labels: B class ids.
             step: of the run.
         """
-        generator = torch.Generator(self.labels.device).manual_seed(step)
+        # Hashed together, as of a number's bits torch's generator on a CPU takes the lower 32.
+        entropy = np.random.SeedSequence((self.seed, step)).generate_state(1)[0]
+        generator = torch.Generator(self.labels.device).manual_seed(int(entropy))
         order = torch.randperm(len(self.labels), generator=generator, device=self.labels.device)
         index = order[: self.candidates]
         other = self.labels[index] != labels[:, None]
