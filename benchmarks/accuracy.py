@@ -112,10 +112,15 @@ def train_all(
     config: Config,
     options: argparse.Namespace,
     show: Callable[[list[dict]], object],
+    everything: bool = False,
 ) -> list[dict]:
-    """Results of all students that the time allows, those of an earlier attempt included; `show` hears of each."""
+    """Results of all students that the time allows, those of an earlier attempt included; `show` hears of each.
+
+    `everything` is for methods that want maps or turned images: see `accuracy_data.prepare`.
+    """
     preset, device = options.settings, options.device
-    same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0, lr=0))  # lr is a task's
+    # Learning rate and epochs are a task's.
+    same = asdict(replace(preset, minutes=0, seeds=0, variant_seeds=0, lr=0, epochs=0))
     circumstances = [file.name, config.model.model_dump(mode="json"), same, device, torch.__version__]
     log = Log(options.work / "students.jsonl", circumstances)
     found = {task: log.find(task) for task in listed}
@@ -126,7 +131,7 @@ def train_all(
         workers,
         multiprocessing.get_context("spawn"),
         start_worker,
-        (file, config.model, preset, device, options.threads),
+        (file, config.model, preset, device, options.threads, everything),
     )
     began, longest = time.monotonic(), 0.0
     running: dict[Future, tuple[Task, float]] = {}

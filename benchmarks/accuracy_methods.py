@@ -99,6 +99,7 @@ class Task:
     distiller: dict[str, Any] = field(hash=False)
     init: str
     lr: float
+    epochs: int
 
 
 def tasks(preset: Preset, init: str, chosen: list[str] | None = None) -> list[Task]:
@@ -106,7 +107,7 @@ def tasks(preset: Preset, init: str, chosen: list[str] | None = None) -> list[Ta
     seeds = [(MAIN, seed) for seed in range(preset.seeds)]
     seeds += [(VARIANTS, seed) for seed in range(preset.variant_seeds)]
     every = [
-        Task(name, seed, method.distiller, method.init or init, method.lr or preset.lr)
+        Task(name, seed, method.distiller, method.init or init, method.lr or preset.lr, preset.epochs)
         for methods, seed in seeds
         for name, method in methods.items()
     ]

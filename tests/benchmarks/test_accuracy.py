@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 from itertools import chain
 
 import accuracy
@@ -15,6 +16,8 @@ from accuracy_run import batches, top1
 from PIL import Image
 from safetensors.torch import save_file
 
+from kdav_fast.data.order import EpochOrder
+from kdav_fast.data.views import ClassPairs, Rotations, Shuffled, Views
 from kdav_fast.models import build_classifier
 from kdav_fast.models.outputs import Outputs
 from tests.benchmarks.scripts import completed, refusal
@@ -44,26 +47,56 @@ def study():
     )
 
 
-def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study):
+def epochs(study, size, seed, order=Shuffled(), count=3):
+    """The batches of so many epochs."""
+    every = EpochOrder(study.train_labels.numpy(), size, shuffle=True, order=order, seed=seed)
+    found = batches(study, every, seed)
+    return [[next(found) for _ in range(every.batches)] for _ in range(count)]
+
+
+@pytest.mark.parametrize("order", [Shuffled(), Views(3), ClassPairs()], ids=repr)
+def test_a_student_and_its_teacher_see_the_same_side_of_the_same_image(study, order):
     sides = set()
-    for batch, teacher in batches(study, 3, 12, seed=0):
+    for batch, teacher in chain(*epochs(study, 3, seed=0, order=order)):
         left, right = (batch.images[:, 0, 0, side] * 255 for side in (0, -1))
         mirrored, position = teacher.features[:, 0] >= 100, teacher.features[:, 0] % 100
         torch.testing.assert_close(torch.where(mirrored, right, left), position)
-        assert torch.equal(batch.index, position.long())
-        assert torch.equal(batch.labels, position.long() % CLASSES)
-        assert batch.valid.all()
+        assert batch.views == order.count
+        assert torch.equal(batch.index, position[:3].long())
+        assert torch.equal(batch.labels.repeat(batch.views), position.long() % CLASSES)
         sides |= set(mirrored.tolist())
     assert sides == {True, False}
 
 
-def test_an_epoch_has_every_image_at_most_once_and_the_next_one_another_order(study):
+def test_a_turned_image_is_answered_as_turned(study):
+    """Sides and turns are told apart by their answers: quarters in hundreds, twice as many as sides."""
+    quarters = [study.features + 200 * number for number in range(4)]
+    study = replace(study, features=torch.cat(quarters), logits=torch.cat([study.logits] * 4))
+    [[(batch, teacher), *_]] = epochs(study, 3, seed=0, order=Rotations(4), count=1)
+    for quarter, (images, answers) in enumerate(
+        zip(batch.images.chunk(4), teacher.features[:, 0].chunk(4), strict=True)
+    ):
+        assert torch.equal(answers // 200, torch.full((3,), float(quarter)))
+        torch.testing.assert_close(images, batch.images[:3].rot90(quarter, (2, 3)))
+        assert torch.equal(answers % 100, batch.index.float())
+
+
+def test_maps_are_of_the_side_that_is_seen(study):
+    before = study.features.numpy()[:, :, :2, None, None].astype(np.float16) - 50
+    study = replace(study, maps=(before,))
+    for _, teacher in chain(*epochs(study, 3, seed=0)):
+        shown = teacher.features[:, :2, None, None] - 50
+        assert torch.equal(teacher.preactivations[0], shown)
+        assert torch.equal(teacher.stages[0], shown.clamp(min=0))
+
+
+def test_an_epoch_has_every_image_once_and_the_next_one_another_order(study):
     seen, again, other = (
-        [batch.index.tolist() for batch, _ in batches(study, 3, 6, seed=seed)] for seed in (0, 0, 1)
+        [list(chain(*(batch.index[batch.valid].tolist() for batch, _ in epoch))) for epoch in found]
+        for found in (epochs(study, 3, seed=seed, count=2) for seed in (0, 0, 1))
     )
-    first, second = (list(chain(*epoch)) for epoch in (seen[:3], seen[3:]))
-    assert len(set(first)) == len(set(second)) == 9
-    assert first != second
+    assert all(sorted(epoch) == list(range(COUNT)) for epoch in seen)
+    assert seen[0] != seen[1]
     assert again == seen != other
 
 
