@@ -12,7 +12,6 @@ from pathlib import Path
 import accuracy_data
 import numpy as np
 import torch
-import torch._dynamo
 from accuracy_data import StudyData
 from accuracy_methods import Preset, Task
 from torch import Tensor, nn
@@ -58,8 +57,6 @@ def start_worker(
         signal.SIGINT, signal.SIG_IGN
     )  # Ctrl-C reaches the whole group; the parent ends its workers
     torch.set_num_threads(threads)
-    # Feature maps are taken by hooks: what was compiled for a network without them would serve one that has them.
-    torch._dynamo.config.skip_nnmodule_hook_guards = False
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
@@ -98,7 +95,7 @@ def train_student(task: Task, data: StudyData, model: ModelConfig, preset: Prese
     set_layout(trainee, "channels_last", torch.device(device))
     distiller.meet(student)
     if preset.compiled:
-        network.backbone.compile()
+        network.compile_backbone()
     order = EpochOrder(
         data.train_labels.cpu().numpy(),
         preset.batch_size,

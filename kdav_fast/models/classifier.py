@@ -117,6 +117,19 @@ class ImageClassifier(nn.Module):
             found = find_stages(self.backbone, self.name, image, self._last, preactivations)
         self._stages = Stages(self.backbone, found, preactivations)
 
+    def compile_backbone(self, **options: Any) -> None:
+        """Have torch.compile take over the backbone, in place: under a student's head the whole is never called.
+
+        Args:
+            options: of torch.compile.
+        """
+        import torch._dynamo
+
+        # By default code that was compiled for a network without feature maps, whose hooks it has not, serves the
+        # next one of its kind with them: in a process that trains several students.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        self.backbone.compile(**options)
+
     def stage_shapes(self, image_size: int | None = None) -> tuple[tuple[int, int, int], ...]:
         """C, H, W of each map of images of this size, or of that given at the start; () before `take_stages`."""
         with torch.no_grad(), _evaluating(self):

@@ -83,6 +83,11 @@ class Stages:
         """After a pass: the maps, and the maps before their last activation; each B x C x H x W."""
         found, self._found = self._found, [None] * len(self._found)
         self._watching = False
+        if any(tensor is None for tensor in found):
+            raise RuntimeError(
+                "a pass showed no feature maps: it ran code that torch.compile had made of a network without them; set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards = False before the first network is compiled"
+            )
         count = len(self.layouts)
         maps = [layout.to_map(tensor) for layout, tensor in zip(self.layouts * 2, found, strict=False)]
         return tuple(maps[:count]), tuple(maps[count:])

@@ -102,7 +102,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
         synchronize_batchnorm(trainee)
     distiller.meet(student)
     if config.model.compile:
-        network.backbone.compile()  # under an embedding head, the network as a whole is never called
+        network.compile_backbone()
     loaders = build_run_loaders(config, splits, cluster, normalization, distiller.order)
     steps_per_epoch = loaders.train.batches_per_epoch / train.accumulate
     steps = max(1, round(train.epochs * steps_per_epoch))

@@ -174,6 +174,19 @@ def test_compiled_networks_give_the_same_maps(whole):
     assert classifier.backbone.conv1.weight.grad is not None
 
 
+def test_a_network_with_maps_may_be_compiled_after_one_without():
+    """torch.compile reuses the code of the first for the second, unless it is told to look at hooks."""
+    images = torch.randn(2, 3, 32, 32)
+    for maps in (False, True):
+        classifier = build_classifier("cifar:resnet8", 10, width=0.25)
+        if maps:
+            classifier.take_stages()
+        wanted = [each.shape for each in classifier(images).stages]
+        classifier.compile_backbone(backend="eager")
+        assert [each.shape for each in classifier(images).stages] == wanted
+    assert len(wanted) == 3
+
+
 class Flat(nn.Module):
     """No map is left after its first step."""
 
