@@ -45,6 +45,7 @@ bench: install
 	$(RUN) benchmarks/data_pipeline.py --device cpu --root $(PHOTOS)
 	$(RUN) benchmarks/reading.py --root $(PHOTOS)
 	$(RUN) benchmarks/training_step.py --device cpu --root $(PHOTOS)
+	$(RUN) benchmarks/method_costs.py --device cpu
 	$(RUN) benchmarks/scale.py --device cpu
 	$(RUN) benchmarks/accuracy.py --device cpu --root $(CIFAR)
 	$(RUN) benchmarks/summary.py

@@ -68,6 +68,16 @@ PARTS = {
         ],
         packages=("pydantic",),
     ),
+    "method_costs": Part(
+        540,
+        lambda options: [],
+        lambda options: [
+            *("--teacher=cifar:resnet8", "--student=cifar:resnet8", "--image-size=16", "--batch-size=8"),
+            *("--classes=4", "--images=40", "--rounds=2", "--turn-seconds=0.01"),
+            *("--methods", "kd", "mld", "crd"),
+        ],
+        packages=("pydantic", "deepspeed"),
+    ),
     "data_pipeline": Part(
         150,
         lambda options: [*_root(options.photos), "--seconds=4", "--round-seconds=1"],

@@ -4,8 +4,9 @@
     python benchmarks/summary.py --compare OLD_FOLDER [--results FOLDER]
 
 Reads the results of the other benchmarks, and writes `report.html`, which opens offline, and `summary.md` beside
-them. The page's text between its two markers becomes that summary. A target without a result is shown as not
-measured. With `--compare`, nothing is written: it prints by how much the medians that two folders share differ.
+them. The page's text between its two markers becomes that summary; in `methods.md` beside it, what stands between two
+others becomes the table of what methods cost. A target without a result is shown as not measured. With `--compare`,
+nothing is written: it prints by how much the medians that two folders share differ.
 """
 
 import argparse
@@ -13,17 +14,18 @@ from pathlib import Path
 
 from command_line import RESULT_FOLDER, Parser
 from summary_compare import compare
-from summary_pages import html_page, markdown
+from summary_pages import costs_markdown, html_page, markdown
 from summary_results import ONLY_GPU, RESULTS, read_results
 from summary_targets import all_targets
 
 from kdav_fast.errors import InputError
 
-BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
+METHODS = "methods.md"
+"""Beside the page."""
 
 
-def replaced(page: Path, summary: str) -> str:
-    """The page's text with the summary between its markers.
+def replaced(page: Path, summary: str, name: str = "benchmarks") -> str:
+    """The page's text with the summary between the markers of that name.
 
     Raises:
         InputError: it cannot be read, or its markers are not there once each, in order.
@@ -32,13 +34,14 @@ def replaced(page: Path, summary: str) -> str:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--page {page}: {error.strerror}; give the page to update") from None
-    begin, end = text.find(BEGIN), text.find(END)
-    if not 0 <= begin < end or text.count(BEGIN) != 1 or text.count(END) != 1:
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    begin, end = text.find(first), text.find(last)
+    if not 0 <= begin < end or text.count(first) != 1 or text.count(last) != 1:
         raise InputError(
-            f"{page} needs the lines '{BEGIN}' and '{END}' once each, in this order, around the place of the "
+            f"{page} needs the lines '{first}' and '{last}' once each, in this order, around the place of the "
             "summary; add them"
         )
-    return f"{text[: begin + len(BEGIN)]}\n{summary.strip()}\n{text[end:]}"
+    return f"{text[: begin + len(first)]}\n{summary.strip()}\n{text[end:]}"
 
 
 def run(options: argparse.Namespace) -> None:
@@ -51,11 +54,15 @@ def run(options: argparse.Namespace) -> None:
     measured = {result.benchmark for result in results}
     missing = [name for name in RESULTS if name not in measured and name not in ONLY_GPU]
     summary = markdown(results, targets, missing)
-    text = replaced(options.page, summary)  # before anything is written
+    pages = {options.page: replaced(options.page, summary)}  # before anything is written
+    methods, costs = options.page.with_name(METHODS), costs_markdown(results)
+    if costs and methods.exists():
+        pages[methods] = replaced(methods, costs, "costs")
     try:
         (options.results / "summary.md").write_text(summary, encoding="utf-8")
         (options.results / "report.html").write_text(html_page(results, targets, missing), encoding="utf-8")
-        options.page.write_text(text, encoding="utf-8")
+        for page, text in pages.items():
+            page.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(f"{error.filename} cannot be written: {error.strerror}") from None
     for target in targets:

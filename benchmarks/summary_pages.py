@@ -4,6 +4,7 @@ import base64
 from html import escape
 from pathlib import Path
 
+from method_cost_results import said_of
 from summary_results import Result, Table
 from summary_targets import Target
 from timing import NOISE_LIMIT
@@ -52,6 +53,16 @@ def markdown(results: list[Result], targets: list[Target], missing: list[str]) -
         parts.append(f"{measured_on(result)}; `{result.environment['command']}`")
     parts += [f"`{name}`: not measured." for name in missing]
     return "\n\n".join(parts) + "\n"
+
+
+def costs_markdown(results: list[Result]) -> str:
+    """What method_costs.py measured, a table for each device; empty where it has not."""
+    parts = []
+    for result in results:
+        if result.benchmark == "method_costs":
+            parts.append(f"{said_of(result.data)}, {result.environment['date']}:")
+            parts += [_markdown_table(table.head, table.rows) for table in result.tables]
+    return "\n\n".join(parts)
 
 
 def _html_table(head: list[str], rows: list[list[str]]) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import method_cost_results
+
 from kdav_fast.errors import InputError, one_line
 
 LARGE = ("B256 d512 L65536", "B256 d512 L16384", "B1024 d2048 L65536")
@@ -124,6 +126,12 @@ def _training_step(data: dict) -> list[Table]:
     return tables
 
 
+def _method_costs(data: dict) -> list[Table]:
+    rows = [method_cost_results.cells(row) for row in data["rows"]]
+    costs = Table("What every method costs beside KD", method_cost_results.HEAD, rows, short=False)
+    return [costs, *_left_out(data)]
+
+
 def _accuracy(data: dict) -> list[Table]:
     rows, every_setting = [], []
     for row in data["rows"]:
@@ -177,6 +185,7 @@ RESULTS: dict[str, Callable[[dict], list[Table]]] = {
     "data_pipeline": _data_pipeline,
     "reading": _reading,
     "training_step": _training_step,
+    "method_costs": _method_costs,
     "accuracy": _accuracy,
     "scale": _scale,
     "gpu_tests": _right,

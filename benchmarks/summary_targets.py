@@ -60,7 +60,9 @@ def design_targets(results: list[Result]) -> list[Target]:
         targets += _stated(result)
     if not accuracy:
         targets += [_missing(*line) for line in ACCURACY_TARGETS]
-    targets.append(_missing(*METHODS_TARGET, "no script does yet"))
+    targets.append(
+        _method_costs(by_file.get(("method_costs", "cuda")) or by_file.get(("method_costs", "cpu")))
+    )
     targets.append(Target("restart equals never stopped", "bitwise on a CPU", "tests/train", "tested"))
     return targets
 
@@ -225,6 +227,15 @@ def _checks(result: Result | None, name: str, of_steps: bool) -> Target:
         return _missing(name, "all", "a package that it needs is not installed")
     right = sum(row["right"] for row in rows)
     return _judged(name, "all", f"{right} of {len(rows)}", right == len(rows))
+
+
+@_names_the_file
+def _method_costs(result: Result | None) -> Target:
+    if result is None:
+        return _missing(*METHODS_TARGET)
+    stated, failed = len(result.data["rows"]), len(result.data["not_measured"])
+    measured = f"{stated} of {stated + failed} ({result.device})"
+    return _judged(*METHODS_TARGET, measured, stated > 1 and not failed)
 
 
 @_names_the_file

@@ -36,6 +36,7 @@ def test_what_has_no_images_or_packages_is_said(options, monkeypatch):
     }
     monkeypatch.setattr(gpu_stages, "version", lambda package: None if package == "deepspeed" else "1")
     assert gpu_stages.why_not("scale", options) == "deepspeed not installed"
+    assert gpu_stages.why_not("method_costs", options) == "deepspeed not installed"
     assert gpu_stages.why_not("loss_kernel", options) is None
 
 

@@ -15,7 +15,13 @@ from safetensors.torch import save_file
 from kdav_fast.models import build_classifier
 from tests.benchmarks.scripts import BENCHMARKS, save_images
 
-MEASURED = {"training_step": "measured", "data_pipeline": "rounds", "scale": "pieces", "reading": "rounds"}
+MEASURED = {
+    "training_step": "measured",
+    "method_costs": "measured",
+    "data_pipeline": "rounds",
+    "scale": "pieces",
+    "reading": "rounds",
+}
 """Name of the list that a part measures, where it is not "rows"."""
 # Kills the process where it would replace a result that holds something already: between two rows, with the new file
 # written beside the old one.

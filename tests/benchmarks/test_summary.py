@@ -10,7 +10,7 @@ import pytest
 from tests.benchmarks.scripts import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "summary.py"
-NAMES = ("loss_kernel", "data_pipeline", "training_step", "accuracy", "scale")
+NAMES = ("loss_kernel", "data_pipeline", "training_step", "method_costs", "accuracy", "scale")
 MARKED = "before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
 
 
@@ -64,6 +64,25 @@ def step_rows(**rates):
     }
 
 
+def costs(**failed):
+    """A result of method_costs.py with KD, one method more, and what failed."""
+    on_imagenet = {"learned_bytes": 0, "remembered_bytes": 2**30}
+    fixed = {"views": 1, "before": "", "extra_bytes": 2**20, "learned_bytes": 0, "remembered_bytes": 0}
+    rows = [
+        {
+            "method": name,
+            **spread(seconds, "step_s"),
+            "over_kd": spread(seconds - 0.1, "s"),
+            "times_kd": spread(10 * seconds, "ratio"),
+            "on_imagenet": on_imagenet,
+            **fixed,
+        }
+        for name, seconds in (("kd", 0.1), ("crd", 0.12))
+    ]
+    sizes = {"teacher": "t", "student": "s", "image_size": 8, "batch_size": 4, "precision": "fp32"}
+    return {"rows": rows, "not_measured": failed, "settings": sizes | {"images": 5, "classes": 2}}
+
+
 @pytest.fixture
 def folder(tmp_path):
     """One small result of every benchmark and a page with markers."""
@@ -83,6 +102,7 @@ def folder(tmp_path):
     unknown = {"name": "a GPU's", "target": ">= 90 %", "measured": None, "met": None, "reason": "no GPU"}
     step = step_rows(reference=50.0, kdav_fast=50.0) | {"targets": [missed, unknown]}
     write(tmp_path, "training_step_cpu", step)
+    write(tmp_path, "method_costs_cpu", costs())
     method = {"settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
     methods = [{**method, "method": m, "held_out_top1": top1} for m, top1 in (("kd", None), ("kdav", 71.5))]
     met = {"name": "KDAV over KD", "target": ">= 2.0", "measured": 2.5, "met": True}
@@ -228,6 +248,21 @@ def test_a_malformed_result_is_named_in_one_line(folder, summarise, name, conten
     assert len(message.splitlines()) == 1
     assert (folder / "page.md").read_text() == MARKED
     assert not (folder / "report.html").exists()
+
+
+def test_what_methods_cost_is_a_target_and_a_table_of_their_page(folder, summarise):
+    name = "every method: time and memory beside KD's, in one run"
+    marked = "before\n<!-- costs:begin -->\nold\n<!-- costs:end -->\nafter\n"
+    (folder / "methods.md").write_text(marked)
+    assert summarise()[0] == 0
+    assert states((folder / "summary.md").read_text())[name] == "met"
+    text = (folder / "methods.md").read_text()
+    assert "old" not in text
+    assert "| crd | 1 | - | 120.0 | +20.0 | 1.200 (1.080 to 1.320) | +1.0 | - | - | - | 1,024 |" in text
+    write(folder, "method_costs_cuda", costs(mld="OutOfMemoryError: much"))
+    summarise()
+    assert states((folder / "summary.md").read_text())[name] == "missed"
+    assert "| mld | OutOfMemoryError: much |" in (folder / "methods.md").read_text()
 
 
 def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
