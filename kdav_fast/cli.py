@@ -193,6 +193,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     sub.add_argument("--output", type=Path, help="folder to write (default: RUN/report of the first run)")
 
+    sub = add("methods", _methods, "What a student can learn from: all methods, or one with its keys.")
+    sub.add_argument("method", nargs="?", metavar="NAME", help="of the one to describe")
+
     sub = add("doctor", _doctor, "What is here, which fast paths are on, and what would turn on the others.")
     sub.add_argument("--json", action="store_true", help="print JSON")
     sub.add_argument(
@@ -246,7 +249,7 @@ def _run(raw: dict[str, Any], options: argparse.Namespace) -> int:
 def _distill(options: argparse.Namespace) -> int:
     from kdav_fast.config import parse_sections, read_config
 
-    raw = read_config(options.config, options.overrides)
+    raw = read_config(options.config, options.overrides, say_once)
     parse_sections(raw)  # a mistake there need not wait for torch
     return _run(raw, options)
 
@@ -254,7 +257,7 @@ def _distill(options: argparse.Namespace) -> int:
 def _train(options: argparse.Namespace) -> int:
     from kdav_fast.config import parse_sections, read_config
 
-    raw = read_config(options.config, options.overrides)
+    raw = read_config(options.config, options.overrides, say_once)
     method = parse_sections(raw).distiller.name
     if method != "none":
         raise InputError(
@@ -330,6 +333,14 @@ def _report(options: argparse.Namespace) -> int:
         {str(run): run for run in options.runs}, output, title=" and ".join(map(str, options.runs))
     )
     print(f"wrote {page}")
+    return 0
+
+
+def _methods(options: argparse.Namespace) -> int:
+    from kdav_fast.config.method_help import describe_method, list_methods
+
+    for line in describe_method(options.method) if options.method else list_methods():
+        print(line)
     return 0
 
 

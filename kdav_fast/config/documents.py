@@ -125,6 +125,11 @@ def parse_json(text: str) -> Any:
         raise DocumentError("is nested too deeply; a few levels are enough") from None
 
 
+def written(value: Any) -> str:
+    """A plain value on one line of YAML, as an override takes it."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("...\n").strip()
+
+
 class _Check:
     """One walk over a document's nodes, each looked at once however often it is referred to."""
 

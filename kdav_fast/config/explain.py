@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError, create_model
 
+from kdav_fast.config.allowed import allowed
 from kdav_fast.config.method import method_config, method_names
 from kdav_fast.config.run import Sections
 from kdav_fast.errors import shown
@@ -40,7 +41,7 @@ def explain(error: ValidationError, method: str | None = None) -> str:
         return f"'{key}' is missing; it must be given"
     if finding["type"] in ("missing", "too_long"):  # of a list: what counts is the whole
         path = path[:-1] if finding["type"] == "missing" else path
-        return f"'{_key(path)}' is {shown(given)}; allowed: {_allowed(schema.at(path)) or message}"
+        return f"'{_key(path)}' is {shown(given)}; allowed: {allowed(schema.at(path)) or message}"
     return _wrong_value(path, given, message, schema)
 
 
@@ -59,7 +60,7 @@ def _wrong_value(path: _Path, given: Any, message: str, root: "_Schema") -> str:
             f"; perhaps {key}.name is meant" if "name" in root.fields(path) and isinstance(given, str) else ""
         )
         return f"'{key}' is {shown(given)}, but it is a section, which holds keys and values{hint}"
-    allowed = _allowed(schema) or message[0].lower() + message[1:]
+    choice = allowed(schema) or message[0].lower() + message[1:]
     said, hint = "empty" if given is None else shown(given), ""
     if isinstance(given, str) and _is_number(schema):
         said += ", which is text"
@@ -69,7 +70,7 @@ def _wrong_value(path: _Path, given: Any, message: str, root: "_Schema") -> str:
         hint = ", written without a point or an exponent"
     elif schema.get("type") == "string" and isinstance(given, int | float):
         hint = ", in quotes if it looks like a number or like yes or no"
-    return f"'{key}' is {said}; allowed: {allowed}{hint}"
+    return f"'{key}' is {said}; allowed: {choice}{hint}"
 
 
 def _is_number(schema: dict[str, Any]) -> bool:
@@ -107,55 +108,6 @@ def _elsewhere(leaf: str, keys: list[str], misspelt: bool) -> list[str]:
     if misspelt and leaf not in leaves:
         leaf = next(iter(difflib.get_close_matches(leaf, sorted(set(leaves)), n=1, cutoff=_NEAR)), leaf)
     return [key for key, name in zip(keys, leaves, strict=True) if name == leaf]
-
-
-def _allowed(schema: dict[str, Any]) -> str:
-    """What a key may be, from its JSON schema; empty where that does not say it."""
-    if "anyOf" in schema:
-        kinds = [_allowed(part) for part in schema["anyOf"] if part.get("type") != "null"]
-        null = ["null"] * (len(kinds) < len(schema["anyOf"]))
-        return " or ".join(null + kinds) if all(kinds) else ""
-    if "enum" in schema or "const" in schema:
-        return ", ".join(map(repr, schema.get("enum", [schema.get("const")])))
-    match schema.get("type"):
-        case "boolean":
-            return "true or false"
-        case "integer":
-            return "a whole number" + _bounds(schema)
-        case "number":
-            return "a number" + _bounds(schema)
-        case "string":
-            return "a path" if schema.get("format") == "path" else "text"
-        case "array":
-            return _allowed_list(schema)
-        case "object":
-            return "keys and values"
-    return ""
-
-
-def _allowed_list(schema: dict[str, Any]) -> str:
-    items = schema.get("prefixItems")
-    if items is None:
-        return f"a list, each {_allowed(schema.get('items', {})) or 'of any kind'}"
-    each = list(dict.fromkeys(_allowed(item) for item in items))
-    if len(each) == 1:
-        return f"a list of {len(items)}, each {each[0]}"
-    return f"a list of {len(items)}: {'; '.join(_allowed(item) for item in items)}"
-
-
-def _bounds(schema: dict[str, Any]) -> str:
-    words = {
-        "exclusiveMinimum": "above",
-        "minimum": "of at least",
-        "exclusiveMaximum": "below",
-        "maximum": "of at most",
-    }
-    said = [
-        f"{word} {schema[bound]:g}" if isinstance(schema[bound], float) else f"{word} {schema[bound]}"
-        for bound, word in words.items()
-        if bound in schema
-    ]
-    return f" {' and '.join(said)}" if said else ""
 
 
 class _Schema:

@@ -1,13 +1,15 @@
 """From YAML and `key=value` overrides to a validated config, and back."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from kdav_fast.config.documents import DocumentError, parse_yaml, read_document
+from kdav_fast.config.documents import DocumentError, parse_yaml, read_document, written
 from kdav_fast.config.explain import explain
+from kdav_fast.config.published import KEY, lay_over, take_published
 from kdav_fast.config.run import Config, Sections
 from kdav_fast.errors import InputError, shown
 
@@ -25,10 +27,26 @@ def load_config(path: Path | None, overrides: list[str] = ()) -> Config:
     return parse_config(read_config(path, overrides))
 
 
-def read_config(path: Path | None, overrides: list[str] = ()) -> dict[str, Any]:
-    """The keys and values that `load_config` would validate."""
+def read_config(
+    path: Path | None, overrides: list[str] = (), say: Callable[[str], object] = lambda line: None
+) -> dict[str, Any]:
+    """The keys and values that `load_config` would validate.
+
+    Args:
+        path: YAML file; `None` starts from the defaults.
+        overrides: as `load_config` takes them; `published=null` leaves out the file's block of that name.
+        say: is told in a line what comes from that block, if anything does.
+    """
     raw = _read_yaml(path) if path else {}
     apply_overrides(raw, overrides)
+    published = take_published(raw)
+    if published:
+        settings = ", ".join(f"{key}={written(value)}" for key, value in flat(published).items())
+        say(f"as published for '{raw['distiller']['name']}': {settings}")
+        lay_over(raw, published)
+        # Once more, now that there is something to override. The method has been chosen.
+        again = [one for one in overrides if not one.startswith(("distiller.name=", KEY))]
+        apply_overrides(raw, again)
     return raw
 
 

@@ -6,6 +6,7 @@ A method's own keys are in its file, which loads torch. Its name can be looked a
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Annotated, Any, ClassVar
 
@@ -19,11 +20,20 @@ _HOME = "kdav_fast.distillers"
 _INTERFACE = {"base", "checks", "phases"}
 
 
-def method_names() -> tuple[str, ...]:
-    """Every method there is: one a file of `distillers/`; `none`, the default, first."""
+def method_files() -> dict[str, Path]:
+    """Every method there is: one a file of `distillers/`; `none`, the default, first. Loads none of them."""
     files = iter_modules(find_spec(_HOME).submodule_search_locations)  # which does not load the package
-    names = {file.name for file in files if file.name.isidentifier() and not file.ispkg} - _INTERFACE
-    return tuple(sorted(names, key=lambda name: (name != "none", name)))
+    found = {
+        file.name: Path(file.module_finder.path, f"{file.name}.py")
+        for file in files
+        if file.name.isidentifier() and not file.ispkg and file.name not in _INTERFACE
+    }
+    return dict(sorted(found.items(), key=lambda one: (one[0] != "none", one[0])))
+
+
+def method_names() -> tuple[str, ...]:
+    """The names of `method_files`."""
+    return tuple(method_files())
 
 
 def _known(name: str) -> str:
@@ -48,6 +58,8 @@ class MethodConfig(Section):
     Raises:
         TypeError: a method's section has a key that is called as something of this class.
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)  # which `kdav methods NAME` shows
 
     name: str
     """The method's, which is that of its file."""

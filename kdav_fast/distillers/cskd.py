@@ -30,6 +30,7 @@ class CSKD(Distiller):
         needs_teacher: ClassVar[bool] = False
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 4.0
+        """T of both answers."""
         weight_kl: Positive = 1.0
         """Of T^2 KL between the two answers."""
 

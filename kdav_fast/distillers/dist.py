@@ -56,6 +56,7 @@ class DIST(Distiller):
         """Published for CIFAR-100; for ImageNet: T 1."""
 
         temperature: Temperature = 4.0
+        """T of the probabilities that are compared."""
         weight_label: NonNegative = 1.0
         """Of the cross-entropy with the labels."""
         weight_inter: NonNegative = 2.0

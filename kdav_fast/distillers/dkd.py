@@ -66,6 +66,7 @@ class DKD(Distiller):
 
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 4.0
+        """T of both KL terms."""
         alpha: NonNegative = 1.0
         """Of the KL between the labelled class and all others together."""
         beta: NonNegative = 8.0

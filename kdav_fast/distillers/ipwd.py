@@ -48,6 +48,7 @@ class IPWD(Distiller):
         """No published settings are known, T 4 and weights of 1 are conventions."""
 
         temperature: Temperature = 4.0
+        """T of the KL."""
         weight_label: NonNegative = 1.0
         """Of the distilled head's cross-entropy with the labels."""
         weight_label_head: Positive = 1.0

@@ -19,6 +19,7 @@ class KD(Distiller):
         """Published for CIFAR-100; for ImageNet: T 1, both weights 0.5."""
 
         temperature: Temperature = 4.0
+        """T of the KL."""
         weight_label: NonNegative = 0.1
         """Of the cross-entropy with the labels."""
         weight_kl: Positive = 0.9

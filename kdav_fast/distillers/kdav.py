@@ -33,14 +33,20 @@ class KDAV(Distiller):
         """Names follow `kdav_loss`."""
 
         kappa_student: Positive = 10.0
+        """Concentration of the student's membership distribution."""
         kappa_teacher: Positive = 10.0
+        """Of the teacher's; best equal to the student's."""
         temperature: Temperature = 1.0
+        """T of the teacher's class distribution."""
         weight_membership: NonNegative = 1.0
+        """Of the KL between the two membership distributions."""
         weight_prediction: NonNegative = 1.0
+        """Of T^2 KL between the class distributions."""
         weight_label: NonNegative = 0.0
         """Of the cross-entropy with the labels, where classes score kappa_student <mu_y, z/|z|>; 0: labels are not
         used."""
         memory_length: Annotated[Count, Field(lt=2**31)] = 4096
+        """Embeddings of the teacher that are remembered."""
         posterior: Literal["dense", "ids"] = "dense"
         """What the memory keeps of a remembered image: the teacher's class distribution or one class id."""
         center: bool = True
@@ -48,6 +54,7 @@ class KDAV(Distiller):
         prototypes: Literal["measured", "running"] = "measured"
         """Class means from one pass before training, or from running sums during training."""
         impl: Literal["auto", "reference", "chunked", "triton", "compile"] = "auto"
+        """How the loss is computed; all give the same."""
 
         @model_validator(mode="after")
         def _combinations(self) -> Self:

@@ -89,6 +89,7 @@ class MLD(Distiller):
             5.0,
             6.0,
         )
+        """T of every level, whose terms are summed over them."""
         weight_label: NonNegative = 0.1
         """Of the cross-entropies with the labels."""
         weight_levels: Positive = 0.9

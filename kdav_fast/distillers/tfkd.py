@@ -73,6 +73,7 @@ class TFKD(Distiller):
         """Published for CIFAR-100, ResNet-18, in the code's form."""
 
         variant: Literal["virtual_teacher", "self_training"] = "virtual_teacher"
+        """A made-up teacher, or the same network trained before, given as `teacher`."""
         form: Literal["paper", "code"] = "paper"
         """The paper's equation, or that of its code, which the published settings belong to."""
         alpha: Fraction | None = None

@@ -47,6 +47,7 @@ class WSLD(Distiller):
         """Published for CIFAR-100; for ImageNet: T 2, alpha 2.5."""
 
         temperature: Temperature = 4.0
+        """T of the soft labels."""
         alpha: Positive = 2.25
         """Of the weighted soft labels."""
 
