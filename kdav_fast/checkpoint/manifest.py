@@ -31,11 +31,21 @@ def manifest_bytes(manifest: dict[str, Any]) -> bytes:
     return json.dumps({**manifest, _SEAL: _seal(manifest)}, indent=1).encode()
 
 
+def unsealed(text: str) -> dict[str, Any] | None:
+    """What `manifest_bytes` made a file of; None if it is something else by now.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError, RecursionError: it is no such file.
+    """
+    manifest = json.loads(text)
+    return manifest if manifest.pop(_SEAL) == _seal(manifest) else None
+
+
 def read_manifest(folder: Path) -> tuple[dict[str, Any], str | None]:
     """A checkpoint's manifest, and what is wrong with it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest.pop(_SEAL) != _seal(manifest) or manifest["step"] != step_of(folder):
+        manifest = unsealed((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest is None or manifest["step"] != step_of(folder):
             return {"files": {}}, f"{MANIFEST} has other content than was written"
         files = manifest["files"].items()
         if all(_FILE_NAME.fullmatch(name) and {"bytes", "sha256"} <= record.keys() for name, record in files):

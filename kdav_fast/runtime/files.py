@@ -29,11 +29,24 @@ def write_cached(path: Path, content: bytes) -> None:
 
     A crash of the machine may leave an empty file: whoever reads it must take that for none.
     """
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    _replace(path, beside, content, Path.write_bytes)
+    _replace(path, _beside(path), content, Path.write_bytes)
 
 
-def write_flushed(path: Path, content: bytes | str) -> None:
+def write_whole_by_many(path: Path, content: bytes | bytearray) -> None:
+    """As `write_whole`, but any number of processes may write it at once.
+
+    What a killed one leaves beside it, `unfinished` finds.
+    """
+    _replace(path, _beside(path), content, write_flushed)
+    flush_folder(path.parent)
+
+
+def unfinished(folder: Path) -> list[Path]:
+    """What processes left in a folder that were killed while they wrote, or what they are writing still."""
+    return sorted(folder.glob(f".*.{'[0-9a-f]' * 32}{TEMPORARY}"))
+
+
+def write_flushed(path: Path, content: bytes | bytearray | str) -> None:
     """Write a file in its place and wait until the disk has it; raises `OSError`."""
     with path.open("wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
@@ -53,8 +66,13 @@ def flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _beside(path: Path) -> Path:
+    """A name that no other process takes."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+
+
 def _replace(
-    path: Path, temporary: Path, content: bytes | str, write: Callable[[Path, bytes], object]
+    path: Path, temporary: Path, content: bytes | bytearray | str, write: Callable[[Path, bytes], object]
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

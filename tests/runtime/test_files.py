@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from kdav_fast.runtime.files import flush_folder, write_cached, write_whole
+from kdav_fast.runtime.files import flush_folder, unfinished, write_cached, write_whole, write_whole_by_many
 
-writers = pytest.mark.parametrize("write", [write_whole, write_cached])
+writers = pytest.mark.parametrize("write", [write_whole, write_cached, write_whole_by_many])
 
 
 @writers
@@ -46,12 +46,23 @@ def test_what_a_crash_left_is_written_over(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"new"}
 
 
-def test_any_number_may_write_what_is_cached(tmp_path):
+@pytest.mark.parametrize("write", [write_cached, write_whole_by_many])
+def test_any_number_may_write_at_once(tmp_path, write):
     contents = [bytes([number]) * 100_000 for number in range(8)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda content: write_cached(tmp_path / "file", content), contents * 10))
+        list(pool.map(lambda content: write(tmp_path / "file", content), contents * 10))
     assert (tmp_path / "file").read_bytes() in contents
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_writers_left_is_found_and_nothing_else(tmp_path, monkeypatch):
+    for name in (".hidden.file.tmp", "file.tmp", "file"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(os, "replace", lambda *_: None)
+    write_whole_by_many(tmp_path / "file", b"new")  # as if it ended before the renaming
+    left = unfinished(tmp_path)
+    assert [path.read_bytes() for path in left] == [b"new"]
+    assert left[0].name.startswith(".file.")
 
 
 @pytest.mark.parametrize(("number", "passes"), [(errno.EINVAL, True), (errno.EIO, False)])
