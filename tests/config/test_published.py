@@ -46,7 +46,9 @@ def test_overrides_come_on_top_in_whatever_order(recipe):
     raw = read_config(recipe, overrides, said.append)
     assert raw["distiller"] == {"name": "dkd", "beta": 6}
     assert raw["optimizer"] == {"lr": 0.3, "momentum": 0.8}
-    assert said == ["as published for 'dkd': distiller.beta=2.0, optimizer.lr=0.2, train.epochs=100"]
+    assert said == [
+        "as published for 'dkd': distiller.beta=2.0, optimizer.lr=0.2, train.epochs=100 (published=null leaves it out)"
+    ]
 
 
 @pytest.mark.parametrize(
