@@ -4,7 +4,8 @@ So what is compiled ahead of time is what a training step launches, with what Tr
 argument that is 1 or None is a constant, and one that 16 divides is told apart.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -110,17 +111,17 @@ class Case(NamedTuple):
     masked: bool
 
     def inputs(self) -> list[Tensor]:
-        """z, t, g, U, R; their values do not matter."""
+        """z, t, g, U, R without values: no product has to be computed."""
         dtype = DTYPES[self.dtype]
         b, d, n, k = self.batch, self.width, self.length, self.classes
-        shapes = [(b, d), (b, d), (b, k), (n, d)]
-        posterior = torch.zeros(n, dtype=torch.int64) if self.ids else torch.ones(n, k, dtype=dtype)
-        return [*(torch.ones(*shape, dtype=dtype) for shape in shapes), posterior]
+        posterior = ((n,), torch.int64) if self.ids else ((n, k), dtype)
+        tensors = [*((shape, dtype) for shape in ((b, d), (b, d), (b, k), (n, d))), posterior]
+        return [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in tensors]
 
     @property
     def filled(self) -> Tensor | None:
         """As training has it, or None."""
-        return torch.tensor(self.length) if self.masked else None
+        return torch.tensor(self.length, device="meta") if self.masked else None
 
 
 def cases() -> Iterator[Case]:
@@ -143,9 +144,7 @@ def chunked_launches(case: Case) -> None:
 
 def fused_launches(case: Case) -> None:
     """`triton`'s kernels, forward and backward, with concentrations that bound similarities and with larger ones."""
-    # Tensors without values: no product has to be computed.
-    inputs = [tensor.to("meta") for tensor in case.inputs()]
-    filled = None if case.filled is None else case.filled.to("meta")
+    inputs, filled = case.inputs(), case.filled
     bound = triton_kdav.LARGEST_BOUND
     for kappa in (bound, 2 * bound) if case.name == "masked" else (bound,):
         numbers = triton_kdav.Settings(kappa, kappa, 1.0, 1e-8, 1.0, 1.0)
@@ -164,7 +163,8 @@ IMPLEMENTATIONS: dict[str, tuple[Callable[[Case], None], ModuleType]] = {
 """What runs the launches of a case, and where its kernels are."""
 
 
-def all_launches() -> dict[Launch, str]:
+@functools.cache
+def all_launches() -> Mapping[Launch, str]:
     """Every launch of every case, once, with what it was met in first."""
     found: dict[Launch, str] = {}
     for run, module in IMPLEMENTATIONS.values():
