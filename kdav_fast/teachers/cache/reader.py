@@ -32,14 +32,13 @@ class AnswerCache:
 
     Args:
         folder: of the cache.
-        pinned: have `stored` and `parameters` give page-locked tensors, which go to a GPU without a wait.
 
     Raises:
         InputError: it is no cache, or shards are missing, of another size, or of another cache.
     """
 
-    def __init__(self, folder: Path, pinned: bool = False) -> None:
-        self.folder, self._pinned = folder, pinned
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.card = read_card(folder)
         self.layout = self.card.layout
         self._mapped: dict[int, Blocks] = {}
@@ -96,7 +95,7 @@ class AnswerCache:
         back = np.argsort(order)
         found = {}
         for part in parts:
-            values = torch.empty(len(rows), part.width, dtype=part.storage.tensor, pin_memory=self._pinned)
+            values = torch.empty(len(rows), part.width, dtype=part.storage.tensor)
             by_shard[part.name].take(back, 0, carrying(values).numpy(), "clip")
             found[part.name] = values
         return found
