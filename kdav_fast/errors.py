@@ -29,16 +29,34 @@ class RankLostError(RuntimeError):
     """Another process of the run is gone; the message is one line that names it and says what to do."""
 
 
-def lack_of_means(error: Exception) -> InputError | None:
-    """What to say where the machine has too little memory, threads, open files or room; None for other errors."""
+def lack_of_memory(error: Exception) -> str | None:
+    """What an error says of too little memory; None for one that does not."""
+    text = _first_line(error)
+    if (
+        isinstance(error, MemoryError)
+        or getattr(error, "errno", None) == errno.ENOMEM
+        or _NO_MEMORY.search(text)
+    ):
+        return _cut(re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text), 3 * _VALUE)
+    return None
+
+
+def lack_of_means(error: Exception, sizes: Sequence[str] = ()) -> InputError | None:
+    """What to say where the machine has too little memory, threads, open files or room; None for other errors.
+
+    Args:
+        error: that was raised.
+        sizes: keys of the run, beside those of every run, with which memory grows.
+    """
     number = error.errno if isinstance(error, OSError) else None
-    text = str(error).splitlines()[0] if str(error) else type(error).__name__
-    reason = _cut(re.sub(r"^\[enforce fail at [^]]*\] (err == 0\. )?", "", text), 3 * _VALUE)
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(text):
+    if reason := lack_of_memory(error):
+        large = " or ".join(["data.image_size", *sizes])
         return InputError(
             f"not enough memory ({reason}); lower train.batch_size, raise train.accumulate, or lower what else is "
-            "large, such as data.image_size or distiller.memory_length"
+            f"large, such as {large}"
         )
+    text = _first_line(error)
+    reason = _cut(text, 3 * _VALUE)
     if "can't start new thread" in text or number == errno.EAGAIN:
         return InputError(
             f"no further thread or process ({reason}); raise ulimit -u and -v, or lower data.workers"
@@ -48,6 +66,10 @@ def lack_of_means(error: Exception) -> InputError | None:
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return InputError(f"cannot write {error.filename or 'the output'}: {error.strerror}; make room")
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def shown(value: object, length: int = _VALUE) -> str:

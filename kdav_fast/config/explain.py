@@ -70,7 +70,14 @@ def _wrong_value(path: _Path, given: Any, message: str, root: "_Schema") -> str:
         hint = ", written without a point or an exponent"
     elif schema.get("type") == "string" and isinstance(given, int | float):
         hint = ", in quotes if it looks like a number or like yes or no"
+    if not isinstance(given, str) and (why := _why(schema)):
+        hint += f" ({why})"
     return f"'{key}' is {said}; allowed: {choice}{hint}"
+
+
+def _why(schema: dict[str, Any]) -> str:
+    """The reason of a number's bounds, where one is known."""
+    return next((part["why"] for part in schema.get("anyOf", [schema]) if "why" in part), "")
 
 
 def _is_number(schema: dict[str, Any]) -> bool:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import AfterValidator, ConfigDict
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.section import Section
+from kdav_fast.config.section import Mark, Section, keys_marked
 from kdav_fast.config.training import TrainConfig
 
 _HOME = "kdav_fast.distillers"
@@ -83,6 +83,13 @@ class MethodConfig(Section):
                     f"{cls.__module__}.{cls.__qualname__} has the key '{key}', which is MethodConfig's; give the key "
                     "another name, or, where a class variable is meant, leave out its annotation"
                 )
+
+    def sizes(self) -> list[str]:
+        """Its keys with which memory grows, and their values: what a message names."""
+        return [f"distiller.{key} ({getattr(self, key)})" for key in sorted(keys_marked(Mark.SIZE, self))]
+
+    def check_classes(self, classes: int) -> None:
+        """Raise `InputError` for data of so few classes that the keys make no sense."""
 
     def check_run(self, train: TrainConfig) -> None:
         """Raise `ValueError`, which names the keys, for a run that the method does not go with."""

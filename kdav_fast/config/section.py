@@ -37,10 +37,11 @@ def _beta(parameter: float) -> float:
 
 
 class Mark(Enum):
-    """What is known of a key beyond its values."""
+    """What is known of a key beyond its values; SIZE: what a run takes of memory grows with it."""
 
     MAY_CHANGE = auto()
     OF_MACHINE = auto()
+    SIZE = auto()
 
 
 _Type = TypeVar("_Type")
@@ -49,13 +50,28 @@ MayChange = Annotated[_Type, Mark.MAY_CHANGE]
 OfMachine = Annotated[_Type, Mark.MAY_CHANGE, Mark.OF_MACHINE]
 """Of a key that, besides, may differ among a run's processes: it says how the machine of each one works."""
 
+
+def within(low: float, high: float, why: str) -> Any:
+    """Bounds of a number, both allowed, and what the user is told of the reason."""
+    return Field(ge=low, le=high, json_schema_extra={"why": why})
+
+
 # YAML knows neither tuples nor paths: these two are made from lists and strings, all else is as given.
 Lenient = Field(strict=False)
 Triple = Annotated[tuple[float, float, float], Lenient]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-Temperature = Annotated[float, Field(gt=0, le=1e6)]
+Temperature = Annotated[float, within(0.01, 1000.0, "in float32 a softmax beyond is one class, or all alike")]
 """Of a softmax; its square scales a loss."""
+_DROWNED = "a larger one drowns the other terms in float32's rounding"
+Weight = Annotated[float, within(0.0, 1e6, _DROWNED)]
+"""Of a term of a loss; 0: off."""
+PositiveWeight = Annotated[float, Field(gt=0, le=1e6, json_schema_extra={"why": _DROWNED})]
+Width = Annotated[int, within(1, 16384, "a wider layer has more weights than any network here"), Mark.SIZE]
+"""Features or channels of a learned layer."""
+Stages = Annotated[int, within(1, 64, "no network has more feature maps")]
+"""How many of the last ones."""
+Epochs = Annotated[float, within(0.0, 10_000.0, "no run is that long")]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 BetaParameter = Annotated[float, AfterValidator(_beta)]

@@ -1,7 +1,7 @@
 """Contrastive consistent representation distillation (Fu, Yang, Yang: BMVC 2023)."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import Count, Fraction, NonNegative, Positive
+from kdav_fast.config.section import Fraction, Mark, Temperature, Weight, Width, within
 from kdav_fast.data.batch import Batch
 from kdav_fast.data.views import Views
 from kdav_fast.distillers.base import (
@@ -22,29 +22,13 @@ from kdav_fast.distillers.base import (
     sum_of_parts,
     widened,
 )
+from kdav_fast.distillers.memories.checks import require_room
 from kdav_fast.distillers.memories.queue import Queue
 from kdav_fast.distillers.memories.slow_copy import follow, slow_copy
+from kdav_fast.distillers.terms.contrast import prediction_distance, queue_contrast
 from kdav_fast.distillers.terms.feature_method import require_own_terms
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.models.outputs import Outputs
-
-
-def queue_contrast(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
-    """Cross-entropy of [<q, t>, <q, rows of the queue>] / T with the first, of each row: B.
-
-    Args:
-        query: q, B x d, of length 1.
-        key: t, the same.
-        queue: L x d.
-        temperature: T.
-    """
-    scores = torch.cat([(query * key).sum(1, keepdim=True), query @ queue.T], dim=1) / temperature
-    return scores.logsumexp(1) - scores[:, 0]
-
-
-def prediction_distance(predicted: Tensor, slow: Tensor) -> Tensor:
-    """2 - 2 cos(predicted, slow) of each row of two B x d tensors: B."""
-    return 2 - 2 * (F.normalize(predicted, dim=1) * F.normalize(slow, dim=1)).sum(1)
 
 
 def head(width: int, hidden: int, out: int) -> nn.Sequential:
@@ -71,25 +55,27 @@ class CoCoRD(Distiller):
         """Published for CIFAR-100."""
 
         takes_mixed: ClassVar[bool] = False
-        weight_label: NonNegative = 1.0
+        weight_label: Weight = 1.0
         """Of the cross-entropy on the first view."""
-        weight_contrast: NonNegative = 1.0
+        weight_contrast: Weight = 1.0
         """Of the contrast with the teacher."""
-        weight_predict: NonNegative = 4.0
+        weight_predict: Weight = 4.0
         """Of the consistency with the slow student."""
-        contrast_temperature: Positive = 0.1
+        contrast_temperature: Temperature = 0.1
         """T of the contrast."""
         slow_momentum: Fraction = 0.9
         """Of the slow student and its head: what stays of them at a step."""
         teacher_momentum: Fraction = 0.999
         """Of the teacher's head."""
-        queue: Count = 2048
+        queue: Annotated[
+            int, within(1, 2**24, "each step compares every image with all of them"), Mark.SIZE
+        ] = 2048
         """Embeddings of the teacher that are remembered."""
-        hidden: Count = 2048
+        hidden: Width = 2048
         """Width of the heads between their layers."""
-        width: Count = 2048
+        width: Width = 2048
         """Of embeddings."""
-        predictor: Count = 512
+        predictor: Width = 512
         """Width of the predictor between its layers."""
 
         @model_validator(mode="after")
@@ -112,6 +98,12 @@ class CoCoRD(Distiller):
         self.lend("_pred", head(config.width, config.predictor, config.width))
         self.slow_proj, self.teacher_proj = slow_copy(proj), slow_copy(teacher_proj)
         follow(self.teacher_proj, proj, momentum=0.0)
+        require_room(
+            f"distiller.queue {config.queue} x distiller.width {config.width} values",
+            4 * config.queue * config.width,
+            facts.device,
+            "lower one of them",
+        )
         self.queue = Queue(config.queue, config.width, facts.dtype)
 
     def meet(self, student: nn.Module) -> None:

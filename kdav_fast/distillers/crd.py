@@ -1,48 +1,24 @@
 """Contrastive representation distillation (Tian, Krishnan, Isola: ICLR 2020)."""
 
 import math
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, Fraction, NonNegative, Positive
+from kdav_fast.config.section import Fraction, Weight, Width, within
 from kdav_fast.data.batch import Batch
-from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
+from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid
 from kdav_fast.distillers.memories.gather import Gathering
-from kdav_fast.distillers.memories.negatives import OtherClasses
-from kdav_fast.distillers.memories.sample import SampleMemory
+from kdav_fast.distillers.memories.negatives import Negatives, OtherClasses
+from kdav_fast.distillers.memories.sample import SampleMemory, width_remedy
+from kdav_fast.distillers.terms.contrast import Embed, noise_contrast
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
-
-_EPS = 1e-7
-
-
-def noise_contrast(positive: Tensor, negative: Tensor, weight: Tensor, chance: float) -> Tensor:
-    """-log(P_0 / (P_0 + c + eps)) - sum_k log(c / (P_k + c + eps)) of each row, B, eps = 1e-7.
-
-    Args:
-        positive: P_0, B.
-        negative: P_k, B x M.
-        weight: how often each of these counts, B x M.
-        chance: c, negatives an image / training images.
-    """
-    drawn = (weight * torch.log1p((negative + _EPS) / chance)).sum(1)
-    return torch.log1p((chance + _EPS) / positive) + drawn
-
-
-class Embed(nn.Module):
-    """z = (W h + b) / |W h + b|."""
-
-    def __init__(self, features: int, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(features, width)
-
-    def forward(self, features: Tensor) -> Tensor:
-        return F.normalize(widened(self.linear(features)), dim=1)
 
 
 class CRD(FeatureMethod):
@@ -61,15 +37,17 @@ class CRD(FeatureMethod):
         """Published for CIFAR-100; the same for ImageNet (SimKD's code). "CRD+KD": weight_kl 1."""
 
         takes_mixed: ClassVar[bool] = False
-        weight_feature: NonNegative = 0.8
+        weight_feature: Weight = 0.8
         """Of both anchors' contrast."""
-        negatives: Count = 16384
+        negatives: Negatives = 16384
         """K, an image; where fewer are of other classes, these count as often."""
-        contrast_temperature: Positive = 0.07
+        contrast_temperature: Annotated[
+            float, within(0.03, 1000.0, "exponentials of cosines / T must fit float32")
+        ] = 0.07
         """T of the contrast."""
         momentum: Fraction = 0.5
         """Share of an entry that stays."""
-        width: Count = 128
+        width: Width = 128
         """Of the embeddings, of which two for every training image are remembered."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
@@ -84,13 +62,28 @@ class CRD(FeatureMethod):
         self.chance = config.negatives / self.images
         self.negatives = OtherClasses(facts.labels, config.negatives, facts.seed)
         for name in ("student_memory", "teacher_memory"):
-            memory = SampleMemory(self.images, config.width, dtype=facts.dtype, device=facts.device)
+            memory = SampleMemory(
+                self.images,
+                config.width,
+                dtype=facts.dtype,
+                device=facts.device,
+                remedy=width_remedy(config.width),
+            )
             memory.begin_uniform(math.sqrt(3 / config.width))
             setattr(self, name, memory)
         self.register_buffer("student_z", torch.zeros((), dtype=torch.float64))
         self.register_buffer("teacher_z", torch.zeros((), dtype=torch.float64))
         self.lend("_embed_s", Embed(facts.student.features, config.width))
         self.lend("_embed_t", Embed(facts.teacher.features, config.width))
+
+    def remarks(self) -> Sequence[str]:
+        others, wanted = self.negatives.fewest, self.config.negatives
+        if others >= wanted:
+            return ()
+        return (
+            f"note: distiller.negatives is {wanted}, but as few as {others} of {self.images} training images are of "
+            "other classes: each counts as often as so many draws with replacement would draw it",
+        )
 
     def learned(self) -> dict[str, Learned]:
         return {"embed_s": Learned(self._embed_s), "embed_t": Learned(self._embed_t)}

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from kdav_fast.config.section import Positive, Temperature
+from kdav_fast.config.section import PositiveWeight, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.data.views import ClassPairs
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, sum_of_parts
@@ -31,7 +31,7 @@ class CSKD(Distiller):
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 4.0
         """T of both answers."""
-        weight_kl: Positive = 1.0
+        weight_kl: PositiveWeight = 1.0
         """Of T^2 KL between the two answers."""
 
     def __init__(self, config: Config, facts: Facts) -> None:

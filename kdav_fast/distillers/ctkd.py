@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative, Positive
+from kdav_fast.config.section import Epochs, PositiveWeight, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -54,15 +54,15 @@ class CTKD(Distiller):
     class Config(SoftenedConfig):
         """Published for CIFAR-100; for ImageNet, ResNet-34 to -18: both weights 1, curriculum_epochs 5."""
 
-        temperature_start: Positive = 1.0
+        temperature_start: Temperature = 1.0
         """The lowest temperature."""
-        temperature_range: Positive = 20.0
+        temperature_range: Temperature = 20.0
         """How far above it the temperature may be trained."""
-        curriculum_epochs: NonNegative = 10.0
+        curriculum_epochs: Epochs = 10.0
         """In which the gradient's reversal comes in."""
-        weight_label: NonNegative = 0.1
+        weight_label: Weight = 0.1
         """Of the cross-entropy with the labels."""
-        weight_kl: Positive = 0.9
+        weight_kl: PositiveWeight = 0.9
         """Of T^2 KL(teacher || student)."""
 
         @property

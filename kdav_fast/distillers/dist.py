@@ -1,12 +1,13 @@
 """Distillation from a stronger teacher (Huang, You, Wang, Qian, Xu: NeurIPS 2022)."""
 
+from collections.abc import Sequence
 from typing import Self
 
 from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Temperature
+from kdav_fast.config.section import Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -17,6 +18,7 @@ from kdav_fast.distillers.base import (
     mean_over_valid,
     widened,
 )
+from kdav_fast.distillers.terms.softened import remarks_on_classes
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
 
@@ -57,11 +59,11 @@ class DIST(Distiller):
 
         temperature: Temperature = 4.0
         """T of the probabilities that are compared."""
-        weight_label: NonNegative = 1.0
+        weight_label: Weight = 1.0
         """Of the cross-entropy with the labels."""
-        weight_inter: NonNegative = 2.0
+        weight_inter: Weight = 2.0
         """Of the distance of each image's probabilities."""
-        weight_intra: NonNegative = 2.0
+        weight_intra: Weight = 2.0
         """Of the distance of each class's probabilities."""
 
         @property
@@ -76,7 +78,11 @@ class DIST(Distiller):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
-        self.config, self.label_smoothing = config, facts.label_smoothing
+        self.config, self.label_smoothing, self.classes = config, facts.label_smoothing, facts.classes
+
+    def remarks(self) -> Sequence[str]:
+        term = "the distance of each image's probabilities (distiller.weight_inter)"
+        return remarks_on_classes(self.config.name, self.classes, term)
 
     def forward(
         self,

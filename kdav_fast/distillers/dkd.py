@@ -1,5 +1,6 @@
 """Decoupled knowledge distillation (Zhao, Cui, Song, Qiu, Liang: CVPR 2022)."""
 
+from collections.abc import Sequence
 from typing import ClassVar, Self
 
 import torch
@@ -7,12 +8,13 @@ import torch.nn.functional as F
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative, Positive, Temperature
+from kdav_fast.config.section import Epochs, PositiveWeight, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, sum_of_parts, widened
 from kdav_fast.distillers.terms.softened import (
     SoftenedConfig,
     log_softmax_of_others,
+    remarks_on_classes,
     require_several_classes,
 )
 from kdav_fast.models.outputs import Outputs
@@ -67,13 +69,13 @@ class DKD(Distiller):
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 4.0
         """T of both KL terms."""
-        alpha: NonNegative = 1.0
+        alpha: Weight = 1.0
         """Of the KL between the labelled class and all others together."""
-        beta: NonNegative = 8.0
+        beta: Weight = 8.0
         """Of the KL among the others."""
-        weight_label: Positive = 1.0
+        weight_label: PositiveWeight = 1.0
         """Of the cross-entropy with the labels."""
-        warmup_epochs: NonNegative = 20.0
+        warmup_epochs: Epochs = 20.0
         """In which the KL terms come in, by as much more in each epoch."""
 
         @model_validator(mode="after")
@@ -85,7 +87,12 @@ class DKD(Distiller):
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         require_several_classes(config.name, facts)
-        self.config, self.label_smoothing = config, facts.label_smoothing
+        self.config, self.label_smoothing, self.classes = config, facts.label_smoothing, facts.classes
+
+    def remarks(self) -> Sequence[str]:
+        return remarks_on_classes(
+            self.config.name, self.classes, "the term among the other classes (distiller.beta)"
+        )
 
     def forward(
         self,

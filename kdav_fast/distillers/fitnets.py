@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
@@ -64,7 +64,7 @@ class FitNets(FeatureMethod):
         """Published for CIFAR-100 (RepDistiller): the second of three stages, weight 100."""
 
         needs_stages: ClassVar[bool] = True
-        weight_feature: NonNegative = 100.0
+        weight_feature: Weight = 100.0
         """Of the hint."""
         stage: int = -2
         """Which feature map of both networks, from 0, shallow to deep; -1 is the last."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative, Positive, Temperature
+from kdav_fast.config.section import PositiveWeight, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -49,11 +49,11 @@ class IPWD(Distiller):
 
         temperature: Temperature = 4.0
         """T of the KL."""
-        weight_label: NonNegative = 1.0
+        weight_label: Weight = 1.0
         """Of the distilled head's cross-entropy with the labels."""
-        weight_label_head: Positive = 1.0
+        weight_label_head: PositiveWeight = 1.0
         """Of that of the second head."""
-        weight_kl: Positive = 1.0
+        weight_kl: PositiveWeight = 1.0
         """Of the weighted T^2 KL(teacher || student)."""
         normalize_weights: bool = False
         """Divide the images' weights by their mean over the batch of all processes."""

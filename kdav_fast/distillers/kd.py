@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from kdav_fast.config.section import NonNegative, Positive, Temperature
+from kdav_fast.config.section import PositiveWeight, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, sum_of_parts
 from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
@@ -20,9 +20,9 @@ class KD(Distiller):
 
         temperature: Temperature = 4.0
         """T of the KL."""
-        weight_label: NonNegative = 0.1
+        weight_label: Weight = 0.1
         """Of the cross-entropy with the labels."""
-        weight_kl: Positive = 0.9
+        weight_kl: PositiveWeight = 0.9
         """Of T^2 KL(teacher || student)."""
 
         @property

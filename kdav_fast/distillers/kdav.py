@@ -7,10 +7,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import Count, NonNegative, Positive, Temperature
+from kdav_fast.config.section import Count, Mark, Temperature, Weight, within
 from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid
+from kdav_fast.distillers.memories.checks import require_room
 from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.ring import TeacherMemory
 from kdav_fast.distillers.phases import Measure
@@ -18,6 +19,9 @@ from kdav_fast.errors import InputError
 from kdav_fast.kernels import KDAVLoss
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import EmbeddingHead
+
+Kappa = Annotated[float, within(1e-3, 1e4, "beyond, all remembered images are alike, or one alone counts")]
+"""A concentration."""
 
 
 class KDAV(Distiller):
@@ -32,20 +36,20 @@ class KDAV(Distiller):
     class Config(MethodConfig):
         """Names follow `kdav_loss`."""
 
-        kappa_student: Positive = 10.0
+        kappa_student: Kappa = 10.0
         """Concentration of the student's membership distribution."""
-        kappa_teacher: Positive = 10.0
+        kappa_teacher: Kappa = 10.0
         """Of the teacher's; best equal to the student's."""
         temperature: Temperature = 1.0
         """T of the teacher's class distribution."""
-        weight_membership: NonNegative = 1.0
+        weight_membership: Weight = 1.0
         """Of the KL between the two membership distributions."""
-        weight_prediction: NonNegative = 1.0
+        weight_prediction: Weight = 1.0
         """Of T^2 KL between the class distributions."""
-        weight_label: NonNegative = 0.0
+        weight_label: Weight = 0.0
         """Of the cross-entropy with the labels, where classes score kappa_student <mu_y, z/|z|>; 0: labels are not
         used."""
-        memory_length: Annotated[Count, Field(lt=2**31)] = 4096
+        memory_length: Annotated[Count, Field(lt=2**31), Mark.SIZE] = 4096
         """Embeddings of the teacher that are remembered."""
         posterior: Literal["dense", "ids"] = "dense"
         """What the memory keeps of a remembered image: the teacher's class distribution or one class id."""
@@ -100,6 +104,14 @@ class KDAV(Distiller):
             )
         self.config, self.images = config, len(facts.labels)
         self.label_smoothing, self.dtype = facts.label_smoothing, facts.dtype
+        row = facts.teacher.features + (facts.classes if config.posterior == "dense" else 0)
+        require_room(
+            f"distiller.memory_length {config.memory_length} x {row} values",
+            config.memory_length * (row * facts.dtype.itemsize + 8),
+            facts.device,
+            "lower distiller.memory_length"
+            + ", or use distiller.posterior=ids" * (config.posterior == "dense"),
+        )
         self.memory = TeacherMemory(
             config.memory_length,
             facts.teacher.features,

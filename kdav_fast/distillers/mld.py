@@ -6,7 +6,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Lenient, NonNegative, Positive, Temperature
+from kdav_fast.config.section import Lenient, PositiveWeight, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.data.views import Views
 from kdav_fast.distillers.base import (
@@ -18,6 +18,7 @@ from kdav_fast.distillers.base import (
     mean_over_valid,
     widened,
 )
+from kdav_fast.distillers.terms.levels import batch_and_class_level, share_up_to_median
 from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
@@ -32,33 +33,6 @@ class Levels(NamedTuple):
     """Scalar, of the images' similarities."""
     classes: Tensor
     """Scalar, of the classes'."""
-
-
-def batch_and_class_level(
-    student_logits: Tensor, teacher_logits: Tensor, valid: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """|P P' - Q Q'|^2 / B and |P' P - Q' Q|^2 / K, scalars, of the softmax at T of B x K logits. Halves are widened.
-
-    Args:
-        student_logits: B x K.
-        teacher_logits: B x K.
-        valid: B booleans: the other rows count neither in sums nor in B.
-    """
-    q, p = (
-        (widened(logits) / temperature).softmax(1) * valid[:, None]
-        for logits in (student_logits, teacher_logits)
-    )
-    batch = (p @ p.T - q @ q.T).square().sum() / valid.sum().clamp(min=1)
-    return batch, (p.T @ p - q.T @ q).square().sum() / p.shape[1]
-
-
-def share_up_to_median(values: Tensor, valid: Tensor) -> Tensor:
-    """Of the valid ones of n values, how many are up to their median, the mean of the middle two: a scalar."""
-    count = valid.sum()
-    ordered = values.masked_fill(~valid, torch.inf).sort().values
-    middle = torch.stack([(count - 1).clamp(min=0) // 2, (count // 2).clamp(max=len(values) - 1)])
-    median = ordered[middle].mean()
-    return ((values <= median) & valid).sum().to(values.dtype) / count.clamp(min=1)
 
 
 class MLD(Distiller):
@@ -82,7 +56,7 @@ class MLD(Distiller):
         """The three levels as the paper describes them, or what its code computes."""
         views: Literal[1, 2] = 2
         """Of each image."""
-        temperatures: Annotated[tuple[Temperature, ...], Lenient, Field(min_length=1)] = (
+        temperatures: Annotated[tuple[Temperature, ...], Lenient, Field(min_length=1, max_length=32)] = (
             2.0,
             3.0,
             4.0,
@@ -90,9 +64,9 @@ class MLD(Distiller):
             6.0,
         )
         """T of every level, whose terms are summed over them."""
-        weight_label: NonNegative = 0.1
+        weight_label: Weight = 0.1
         """Of the cross-entropies with the labels."""
-        weight_levels: Positive = 0.9
+        weight_levels: PositiveWeight = 0.9
         """Of the three levels."""
 
         @property

@@ -1,11 +1,12 @@
 """Normalised knowledge distillation (Yang et al.: ICCV 2023)."""
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative, Temperature
+from kdav_fast.config.section import Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -19,6 +20,7 @@ from kdav_fast.distillers.base import (
 from kdav_fast.distillers.terms.softened import (
     SoftenedConfig,
     log_softmax_of_others,
+    remarks_on_classes,
     require_several_classes,
 )
 from kdav_fast.models.outputs import Outputs
@@ -62,13 +64,18 @@ class NKD(Distiller):
         takes_mixed: ClassVar[bool] = False
         temperature: Temperature = 3.0
         """Of the other classes."""
-        gamma: NonNegative = 3.5
+        gamma: Weight = 3.5
         """Of the cross-entropy among the other classes."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         require_several_classes(config.name, facts)
-        self.config, self.label_smoothing = config, facts.label_smoothing
+        self.config, self.label_smoothing, self.classes = config, facts.label_smoothing, facts.classes
+
+    def remarks(self) -> Sequence[str]:
+        return remarks_on_classes(
+            self.config.name, self.classes, "the term among the other classes (distiller.gamma)"
+        )
 
     def forward(
         self,

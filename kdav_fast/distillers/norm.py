@@ -1,16 +1,17 @@
 """NORM: distillation via N-to-one representation matching (Liu, Li, Li, Yao: ICLR 2023)."""
 
 from bisect import bisect_right
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, NonNegative
+from kdav_fast.config.section import Mark, Weight, within
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Losses, Progress, mean_over_valid, widened
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
 from kdav_fast.distillers.terms.maps import Pair, one_stage, unlike
+from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
 from kdav_fast.student.heads import ManyToOneHead
 
@@ -68,11 +69,11 @@ class NORM(FeatureMethod):
         """
 
         needs_stages: ClassVar[bool] = True
-        weight_label: NonNegative = 0.1
+        weight_label: Weight = 0.1
         """Of the cross-entropy with the labels."""
-        weight_feature: NonNegative = 1.0
+        weight_feature: Weight = 1.0
         """Of the sum over copies."""
-        copies: Count = 8
+        copies: Annotated[int, within(1, 256, "each is as wide as the teacher's last map"), Mark.SIZE] = 8
         """N."""
         schedule: Literal["cifar", "imagenet"] = "cifar"
         """s: 0.1, 0.5, 1, 0.5, 0.1, changing at 10, 20, 180 and 210 of 240 parts of the run; of imagenet 0.1, 0.5,
@@ -80,6 +81,11 @@ class NORM(FeatureMethod):
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
+        if facts.classes < 3:
+            raise InputError(
+                f"distiller.name 'norm' normalises each image's logits, of which {facts.classes} classes leave 1 and "
+                "-1, whatever they are; use another distiller.name, such as kd"
+            )
         pair = one_stage(facts, "norm", -1)
         check_ratio(pair)
         self.lend("_head", ManyToOneHead(pair.student[0], pair.teacher[0], facts.classes, config.copies))

@@ -2,10 +2,11 @@
 
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
+from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Progress
-from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms, require_images
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
@@ -49,8 +50,11 @@ class PKT(FeatureMethod):
     class Config(FeatureConfig):
         """Published for CIFAR-100 (RepDistiller)."""
 
-        weight_feature: NonNegative = 30000.0
+        weight_feature: Weight = 30000.0
         """Of the divergence, a mean over B^2."""
+
+        def check_run(self, train: TrainConfig) -> None:
+            require_images(self, train, 2, "which compares images with each other")
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

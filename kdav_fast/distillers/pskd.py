@@ -1,7 +1,8 @@
 """Self-distillation with progressive refinement of targets (Kim, Ji, Yoon, Hwang: ICCV 2021)."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
@@ -41,13 +42,18 @@ class PSKD(Distiller):
 
         needs_teacher: ClassVar[bool] = False
         takes_mixed: ClassVar[bool] = False
-        alpha: Fraction = 0.8
+        alpha: Annotated[Fraction, Field(gt=0)] = 0.8
         """Share of the remembered answers in the last epoch."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         self.config, self.label_smoothing = config, facts.label_smoothing
-        self.memory = SampleMemory(len(facts.labels), facts.classes, device=facts.device)
+        self.memory = SampleMemory(
+            len(facts.labels),
+            facts.classes,
+            device=facts.device,
+            remedy="take fewer images (data.train_subset), or another distiller.name",
+        )
 
     def forward(
         self,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, NonNegative
+from kdav_fast.config.section import Epochs, Stages, Weight, Width
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
@@ -97,13 +97,13 @@ class ReviewKD(FeatureMethod):
 
         needs_stages: ClassVar[bool] = True
         needs_preactivations: ClassVar[bool] = True
-        weight_feature: NonNegative = 5.0
+        weight_feature: Weight = 5.0
         """Of the sum over stages."""
-        warmup_epochs: NonNegative = 20.0
+        warmup_epochs: Epochs = 20.0
         """In which the feature term comes in, from 0 in the first epoch."""
-        stages: Count = 3
+        stages: Stages = 3
         """How many of the last feature maps, or as many as both networks have; the pooled features come on top."""
-        width: Count = 512
+        width: Width = 512
         """Channels between stages, at most: no more than the student's features."""
         preactivations: Literal["teacher", "both"] = "teacher"
         """Whose maps are taken before their last activation."""

@@ -4,10 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
+from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Progress, widened
-from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms, require_images
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.distillers.terms.unit import unit
 from kdav_fast.distillers.terms.whole_batch import gather_batch
@@ -65,10 +66,14 @@ class RKD(FeatureMethod):
     class Config(FeatureConfig):
         """Published for CIFAR-100 (RepDistiller)."""
 
-        weight_distance: NonNegative = 25.0
+        weight_distance: Weight = 25.0
         """Of the distances' difference."""
-        weight_angle: NonNegative = 50.0
+        weight_angle: Weight = 50.0
         """Of the angles' difference."""
+
+        def check_run(self, train: TrainConfig) -> None:
+            reason = "for which the distance of two images, divided by its mean, is 1, and angles need three"
+            require_images(self, train, 3, reason)
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)

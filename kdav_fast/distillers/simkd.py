@@ -5,7 +5,7 @@ from typing import ClassVar, Self
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, NonNegative, Temperature
+from kdav_fast.config.section import Count, Temperature, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Learned, Losses, Progress, sum_of_parts, widened
 from kdav_fast.distillers.terms.maps import check_common_height, one_stage, row_mse, to_common_height
@@ -51,13 +51,13 @@ class SimKD(Distiller):
         """The teacher's classifier on features trained to be the teacher's."""
 
         uses_labels: ClassVar[bool] = False
-        weight_feature: NonNegative = 1.0
+        weight_feature: Weight = 1.0
         """Of the mean squared difference of the pooled features."""
-        weight_kl: NonNegative = 0.0
+        weight_kl: Weight = 0.0
         """Of T^2 KL between the teacher's and the student's class distributions."""
         temperature: Temperature = 4.0
         """T of the KL term."""
-        weight_map: NonNegative = 0.0
+        weight_map: Weight = 0.0
         """Of the mean squared difference of the last feature maps, the paper's only term."""
         factor: Count = 2
         """By which the maps' projector has fewer channels between its ends than the teacher's map."""
@@ -93,6 +93,11 @@ class SimKD(Distiller):
         if config.needs_stages:
             pair = one_stage(facts, "simkd", -1)
             check_common_height("simkd", pair)
+            if config.factor > pair.teacher[0]:
+                raise InputError(
+                    f"distiller.factor is {config.factor}, but the teacher's map has {pair.teacher[0]} channels to "
+                    f"divide by it; allowed: 1 to {pair.teacher[0]}"
+                )
             self.lend("_projector", map_projector(pair.student[0], pair.teacher[0], config.factor))
 
     def learned(self) -> dict[str, Learned]:

@@ -4,10 +4,11 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
+from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Progress, widened
-from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
+from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms, require_images
 from kdav_fast.distillers.terms.unit import unit
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
@@ -37,8 +38,11 @@ class SP(FeatureMethod):
         """Published for CIFAR-100 (RepDistiller)."""
 
         needs_stages: ClassVar[bool] = True
-        weight_feature: NonNegative = 3000.0
+        weight_feature: Weight = 3000.0
         """Of the similarities' mean squared difference."""
+
+        def check_run(self, train: TrainConfig) -> None:
+            require_images(self, train, 2, "which compares images with each other")
 
     def terms(
         self,

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
@@ -42,9 +42,9 @@ class SRRL(FeatureMethod):
         """Published for ImageNet, all weights 1; by SimKD's authors for CIFAR-100: connector pooled, weight_kl 1."""
 
         needs_stages: ClassVar[bool] = True
-        weight_statistics: NonNegative = 1.0
+        weight_statistics: Weight = 1.0
         """Of the pooled features' mean squared difference."""
-        weight_regression: NonNegative = 1.0
+        weight_regression: Weight = 1.0
         """Of the logits' mean squared difference."""
         connector: Literal["maps", "pooled"] = "maps"
         """What is transformed: the last feature map, which is pooled then, or the pooled features."""

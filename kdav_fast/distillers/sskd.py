@@ -1,15 +1,16 @@
 """Knowledge distillation meets self-supervision (Xu, Liu, Li, Loy: ECCV 2020)."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Self
+from typing import Annotated, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.data import DataConfig
-from kdav_fast.config.section import Fraction, NonNegative, Positive, Temperature
+from kdav_fast.config.section import Epochs, Fraction, Positive, Temperature, Weight
+from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.data.views import Rotations
 from kdav_fast.distillers.base import (
@@ -23,46 +24,15 @@ from kdav_fast.distillers.base import (
     widened,
 )
 from kdav_fast.distillers.phases import Fit
-from kdav_fast.distillers.terms.feature_method import require_own_terms
+from kdav_fast.distillers.terms.feature_method import require_images, require_own_terms
 from kdav_fast.distillers.terms.maps import require_features
+from kdav_fast.distillers.terms.self_supervision import similarities, trusted
 from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
-from kdav_fast.distillers.terms.unit import unit
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.models.outputs import Outputs
 
-_NEVER = -1e9
-"""Similarity to an image of padding: with minus infinity its gradients would be no numbers."""
 _LEAST_AREA = 0.2
 """Of a crop in which up and down can still be told."""
-
-
-def similarities(embedding: Tensor, valid: Tensor) -> Tensor:
-    """Cosines of each turned image with each plain one, 3B x B; -1e9 with images of padding.
-
-    Args:
-        embedding: B x 4 x d, the plain image first.
-        valid: B booleans.
-    """
-    plain, turned = unit(embedding[:, 0]), unit(embedding[:, 1:].flatten(0, 1))
-    return (turned @ plain.T).masked_fill(~valid, _NEVER)
-
-
-def trusted(scores: Tensor, answer: Tensor, valid: Tensor, ratio: float) -> Tensor:
-    """On which rows the teacher is listened to, B booleans: where its best answer is right, and on some others.
-
-    Of the wrong rows int(ratio * their number), those first where the right answer ranks highest; of equal ranks the
-    first rows.
-
-    Args:
-        scores: the teacher's, B x K.
-        answer: B right answers, of K.
-        valid: B booleans; others are never trusted.
-    """
-    rank = (scores > scores.gather(1, answer[:, None])).sum(1)
-    wrong = valid & (rank > 0)
-    place = rank.where(wrong, scores.shape[1]).argsort(stable=True).argsort()
-    count = (ratio * wrong.sum().double()).floor()
-    return valid & ((rank == 0) | (wrong & (place < count)))
 
 
 def head(width: int) -> nn.Sequential:
@@ -87,13 +57,13 @@ class SSKD(Distiller):
         """Published for CIFAR-100, the only data in the authors' code."""
 
         takes_mixed: ClassVar[bool] = False
-        weight_label: NonNegative = 0.1
+        weight_label: Weight = 0.1
         """Of the cross-entropy on plain images."""
-        weight_kl: NonNegative = 0.9
+        weight_kl: Weight = 0.9
         """Of T^2 KL on plain images."""
-        weight_transform: NonNegative = 2.7
+        weight_transform: Weight = 2.7
         """Of T^2 KL on turned images."""
-        weight_similarity: NonNegative = 10.0
+        weight_similarity: Weight = 10.0
         """Of T^2 KL between similarities."""
         temperature: Temperature = 4.0
         """T of both terms on logits."""
@@ -103,10 +73,13 @@ class SSKD(Distiller):
         """Of turned images that the teacher takes for another class, those on which it counts."""
         ratio_similarity: Fraction = 0.75
         """Of turned images that the teacher's head takes for another image, those on which it counts."""
-        head_epochs: Positive = 60.0
+        head_epochs: Annotated[Epochs, Field(gt=0)] = 60.0
         """In which the teacher's head is trained."""
-        head_lr: Positive = 0.05
+        head_lr: Annotated[Positive, Field(le=10)] = 0.05
         """Of its training, at first."""
+
+        def check_run(self, train: TrainConfig) -> None:
+            require_images(self, train, 2, "which tells images apart")
 
         @model_validator(mode="after")
         def _something_of_its_own(self) -> Self:

@@ -1,14 +1,12 @@
 """Teacher-free knowledge distillation, by a virtual teacher or by self-training (Yuan et al.: CVPR 2020)."""
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-import torch
-import torch.nn.functional as F
-from pydantic import model_validator
-from torch import Tensor, nn
+from pydantic import Field, model_validator
+from torch import nn
 
-from kdav_fast.config.section import Fraction, Positive, Temperature
+from kdav_fast.config.section import Fraction, PositiveWeight, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -17,13 +15,14 @@ from kdav_fast.distillers.base import (
     Progress,
     label_loss,
     sum_of_parts,
-    widened,
 )
-from kdav_fast.distillers.terms.softened import SoftenedConfig, require_several_classes, soft_target_kl
+from kdav_fast.distillers.terms.softened import (
+    SoftenedConfig,
+    require_several_classes,
+    soft_target_kl,
+    virtual_teacher_kl,
+)
 from kdav_fast.models.outputs import Outputs
-
-CORRECT_PROBABILITY = 0.99
-"""Of the label in u; the others share the rest."""
 
 
 class _Published(NamedTuple):
@@ -37,24 +36,6 @@ PUBLISHED = {
     "self_training": _Published(0.95, 6.0, 50.0),
 }
 """For CIFAR-100, ResNet-18."""
-
-
-def virtual_teacher_kl(
-    student_logits: Tensor, labels: Tensor, temperature: float, student_temperature: float
-) -> Tensor:
-    """KL(softmax(u / T) || softmax(f / T')) of each row, B, with u 0.99 at the label. Halves are widened.
-
-    Args:
-        student_logits: f, B x K, of at least two classes.
-        labels: B class ids.
-        temperature: T, of a softmax of probabilities: the virtual teacher is nearly uniform.
-        student_temperature: T'.
-    """
-    log_p = (widened(student_logits) / student_temperature).log_softmax(1)
-    classes = log_p.shape[1]
-    u = torch.full_like(log_p, (1 - CORRECT_PROBABILITY) / (classes - 1))
-    u = u.scatter(1, labels[:, None], CORRECT_PROBABILITY)
-    return F.kl_div(log_p, torch.softmax(u / temperature, 1), reduction="none").sum(1)
 
 
 class TFKD(Distiller):
@@ -76,11 +57,11 @@ class TFKD(Distiller):
         """A made-up teacher, or the same network trained before, given as `teacher`."""
         form: Literal["paper", "code"] = "paper"
         """The paper's equation, or that of its code, which the published settings belong to."""
-        alpha: Fraction | None = None
+        alpha: Annotated[Fraction, Field(gt=0)] | None = None
         """Of the KL. Default: 0.1 with the virtual teacher, 0.95 in self-training."""
         temperature: Temperature | None = None
         """Default: 20 with the virtual teacher, 6 in self-training."""
-        multiplier: Positive | None = None
+        multiplier: PositiveWeight | None = None
         """Of the KL's mean over elements, in the code's form. Default: 100 with the virtual teacher, 50 in
         self-training."""
 
@@ -115,12 +96,24 @@ class TFKD(Distiller):
         self.settings = PUBLISHED[config.variant]._replace(**given)
 
     def remarks(self) -> Sequence[str]:
+        if not self.config.needs_teacher:
+            return self._remarks_on_form()
         student, teacher = self.networks
-        if not self.config.needs_teacher or student == teacher:
+        if student == teacher:
             return ()
         return (
             f"note: distiller.variant is 'self_training' with the teacher {teacher} and the student {student}: the "
             "paper's teacher is the student itself, trained before",
+        )
+
+    def _remarks_on_form(self) -> Sequence[str]:
+        if self.config.form == "code":
+            return ()
+        temperature = self.settings.temperature
+        return (
+            f"note: distiller.form is 'paper', in which the virtual teacher's gradient is divided twice by T, "
+            f"{temperature:g}, and teaches next to nothing beside the labels; to repeat published numbers, use "
+            "distiller.form=code",
         )
 
     def forward(

@@ -1,13 +1,15 @@
 """Universal self-distillation by customised soft labels (Yang et al.: ICCV 2023)."""
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative
+from kdav_fast.config.section import Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -20,7 +22,12 @@ from kdav_fast.distillers.base import (
     sum_of_parts,
     widened,
 )
-from kdav_fast.distillers.terms.softened import log_softmax_of_others, require_several_classes
+from kdav_fast.distillers.terms.feature_method import require_own_terms
+from kdav_fast.distillers.terms.softened import (
+    log_softmax_of_others,
+    remarks_on_classes,
+    require_several_classes,
+)
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
@@ -64,12 +71,17 @@ class USKD(Distiller):
         form: Literal["paper", "code"] = "paper"
         """Ranked by probabilities, or as in the code, by the last layer's log-probabilities and the head's
         probabilities."""
-        alpha: NonNegative = 0.1
+        alpha: Weight = 0.1
         """Of the target term."""
-        beta: NonNegative = 0.1
+        beta: Weight = 0.1
         """Of the non-target term."""
-        mu: NonNegative = 0.1
+        mu: Weight = 0.1
         """Of the weak head's cross-entropy with the labels, smoothed by 0.1."""
+
+        @model_validator(mode="after")
+        def _something_of_its_own(self) -> Self:
+            require_own_terms(self, "alpha", "beta", "mu")
+            return self
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
@@ -79,8 +91,13 @@ class USKD(Distiller):
                 f"the model {facts.student.name} has one stage, and distiller.name 'uskd' reads the one before the "
                 "last; use another model, or distiller.name=cskd"
             )
-        self.config, self.label_smoothing = config, facts.label_smoothing
+        self.config, self.label_smoothing, self.classes = config, facts.label_smoothing, facts.classes
         self.lend("_weak_head", nn.Linear(facts.student.stages[-2][0], facts.classes))
+
+    def remarks(self) -> Sequence[str]:
+        return remarks_on_classes(
+            self.config.name, self.classes, "the term among the other classes (distiller.beta)"
+        )
 
     def learned(self) -> dict[str, Learned]:
         return {"weak_head": Learned(self._weak_head)}

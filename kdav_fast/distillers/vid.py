@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, NonNegative
+from kdav_fast.config.section import Stages, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
@@ -56,9 +56,9 @@ class VID(FeatureMethod):
         """Published for CIFAR-100 (RepDistiller): three stages, weight 1."""
 
         needs_stages: ClassVar[bool] = True
-        weight_feature: NonNegative = 1.0
+        weight_feature: Weight = 1.0
         """Of the sum over stages."""
-        stages: Count = 3
+        stages: Stages = 3
         """How many of the last feature maps, or as many as both networks have."""
 
     def __init__(self, config: Config, facts: Facts) -> None:

@@ -1,16 +1,16 @@
 """Wasserstein contrastive representation distillation (Chen, Wang, Gan, Liu, Henao, Carin: CVPR 2021), derived."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Count, NonNegative, Positive
+from kdav_fast.config.section import Weight, Width, within
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Facts, Learned, Progress, mean_over_valid, widened
-from kdav_fast.distillers.memories.negatives import OtherClasses
-from kdav_fast.distillers.memories.sample import SampleMemory
+from kdav_fast.distillers.memories.negatives import Negatives, OtherClasses
+from kdav_fast.distillers.memories.sample import SampleMemory, width_remedy
 from kdav_fast.distillers.terms.feature_method import FeatureConfig, FeatureMethod, Terms
 from kdav_fast.distillers.terms.maps import require_features
 from kdav_fast.distillers.terms.spectral import largest_singular_value
@@ -95,28 +95,34 @@ class WCoRD(FeatureMethod):
         """Weights as recalled from the paper, the number of negatives and the width as in CRD."""
 
         takes_mixed: ClassVar[bool] = False
-        weight_global: NonNegative = 0.8
+        weight_global: Weight = 0.8
         """Of the dual term."""
-        weight_local: NonNegative = 0.05
+        weight_local: Weight = 0.05
         """Of the primal term."""
-        negatives: Count = 16384
+        negatives: Negatives = 16384
         """An image, of other classes."""
-        negative_weight: NonNegative = 1.0
+        negative_weight: Weight = 1.0
         """Of the mean over negatives; their number, where each shall count as much as the positive."""
-        epsilon: Positive = 0.05
+        epsilon: Annotated[float, within(0.001, 1000.0, "costs / epsilon must fit float32")] = 0.05
         """Of the transport's entropy."""
-        rounds: Count = 50
+        rounds: Annotated[int, within(1, 1000, "each is two passes over B x B costs at every step")] = 50
         """Of Sinkhorn's iteration."""
         through_plan: bool = False
         """Differentiate through the rounds, too."""
-        width: Count = 128
+        width: Width = 128
         """Of the embeddings, of which one for every training image is remembered."""
 
     def __init__(self, config: Config, facts: Facts) -> None:
         super().__init__(config, facts)
         require_features("wcord", facts.student, facts.teacher)
         self.negatives = OtherClasses(facts.labels, config.negatives, facts.seed)
-        self.memory = SampleMemory(len(facts.labels), config.width, dtype=facts.dtype, device=facts.device)
+        self.memory = SampleMemory(
+            len(facts.labels),
+            config.width,
+            dtype=facts.dtype,
+            device=facts.device,
+            remedy=width_remedy(config.width),
+        )
         self.lend("_head_s", Head(facts.student.features, config.width))
         self.lend("_head_t", Head(facts.teacher.features, config.width))
 

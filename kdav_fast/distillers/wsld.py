@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdav_fast.config.section import Positive, Temperature
+from kdav_fast.config.section import PositiveWeight, Temperature
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -48,7 +48,7 @@ class WSLD(Distiller):
 
         temperature: Temperature = 4.0
         """T of the soft labels."""
-        alpha: Positive = 2.25
+        alpha: PositiveWeight = 2.25
         """Of the weighted soft labels."""
 
     def __init__(self, config: Config, facts: Facts) -> None:

@@ -7,7 +7,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Positive
+from kdav_fast.config.section import Positive, PositiveWeight, Weight
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import (
     Distiller,
@@ -53,9 +53,9 @@ class WTTM(Distiller):
         """Whether each image weighs U_i (WTTM) or 1 (TTM)."""
         exponent: Annotated[Positive, Field(le=1)] = 0.2
         """l: of the teacher's probabilities, 1 / temperature."""
-        weight_label: NonNegative = 1.0
+        weight_label: Weight = 1.0
         """Of the cross-entropy with the labels."""
-        weight_kl: Positive = 4.0
+        weight_kl: PositiveWeight = 4.0
         """Of the KL."""
 
         @property

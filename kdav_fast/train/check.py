@@ -17,7 +17,7 @@ from kdav_fast.train.folder.beginning import settled_config
 from kdav_fast.train.folder.config import config_facts
 from kdav_fast.train.folder.extension import extension_line, is_complete
 from kdav_fast.train.run import Run
-from kdav_fast.train.setup import set_up
+from kdav_fast.train.setup import naming_sizes, set_up
 from kdav_fast.train.step import MicroBatch, find_gradients
 
 _MIB = 2**20
@@ -37,7 +37,7 @@ def check_training(config: Config, extend: bool = False) -> None:
         InputError: whatever would stop the run before its first step, and a first batch whose loss is not finite.
     """
     cluster = start_cluster(config.device, config.train.comm_timeout, config_facts(config))
-    with cluster.liveness.naming_lost_ranks():
+    with naming_sizes(config.distiller), cluster.liveness.naming_lost_ranks():
         cluster.on_first(lambda: _require_writable(config.run_dir))
         config, extended = settled_config(config, cluster, extend)
         if cluster.on_first(lambda: is_complete(config)):

@@ -20,7 +20,7 @@ from kdav_fast.train.folder.results import write_missing_report, write_results
 from kdav_fast.train.phases import PhasePosition, run_phases
 from kdav_fast.train.run import Run
 from kdav_fast.train.schedule import due
-from kdav_fast.train.setup import set_up
+from kdav_fast.train.setup import naming_sizes, set_up
 from kdav_fast.train.skipped_steps import Outcomes
 from kdav_fast.train.step import take_step
 
@@ -45,7 +45,7 @@ def run_training(config: Config, extend: bool = False) -> Accuracy | None:
         lock.acquire()  # before the processes meet: the other run may have their port as well
     try:
         cluster = start_cluster(config.device, config.train.comm_timeout, config_facts(config))
-        with cluster.liveness.naming_lost_ranks():
+        with naming_sizes(config.distiller), cluster.liveness.naming_lost_ranks():
             return _run_in_folder(config, cluster, lock, extend)
     finally:
         lock.release()

@@ -1,17 +1,19 @@
 """From a config to the parts that the loop runs on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 
-from kdav_fast.config import Config, DataConfig
+from kdav_fast.config import Config, DataConfig, MethodConfig
 from kdav_fast.data import Loaders, Splits, build_loaders, check_images, open_images
 from kdav_fast.data.checks.splits import check_splits
 from kdav_fast.data.fingerprint import Fingerprint
 from kdav_fast.data.views import Order, Shuffled
 from kdav_fast.distillers import build_distiller
 from kdav_fast.distillers.base import Facts
-from kdav_fast.errors import InputError
+from kdav_fast.errors import InputError, lack_of_means
 from kdav_fast.models import IMAGENET, Normalization
 from kdav_fast.runtime.host_memory import keep_freed_memory
 from kdav_fast.runtime.memory_format import guard_unsafe_layers, set_layout
@@ -28,7 +30,7 @@ from kdav_fast.train.networks import build_network, build_teacher, shapes_of, ta
 from kdav_fast.train.run import Run
 from kdav_fast.train.same_everywhere import require_same_network, same_images
 from kdav_fast.train.schedule import lr_factor
-from kdav_fast.train.trial import try_training_step
+from kdav_fast.train.trial import check_learned, try_training_step
 
 
 class RunData(NamedTuple):
@@ -37,6 +39,17 @@ class RunData(NamedTuple):
     splits: Splits
     fingerprint: Fingerprint
     """As rank 0 finds them; of all ranks the same."""
+
+
+@contextmanager
+def naming_sizes(method: MethodConfig) -> Iterator[None]:
+    """Inside, of too little memory or other means an `InputError` says what to lower, the method's keys too."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if lack := lack_of_means(error, method.sizes()):
+            raise lack from error
+        raise
 
 
 def set_up(config: Config, cluster: Cluster) -> Run:
@@ -89,6 +102,7 @@ def set_up(config: Config, cluster: Cluster) -> Run:
     try_training_step(student, config.data.image_size, rows)
     learned = distiller.learned()
     modules = {name: one.module.to(device) for name, one in learned.items()}
+    check_learned(method.name, modules, rows)
     trainee = Trainee(student, modules, distiller, device, dtype, distiller.before_student)
 
     guard_unsafe_layers(trainee, config.data.layout, device)

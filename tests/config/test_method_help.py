@@ -18,7 +18,10 @@ def test_one_is_described_with_its_keys(capsys):
     assert main(["methods", "dkd"]) == 0
     said = capsys.readouterr().out
     assert "teacher: yes; labels: yes; feature maps: no; mixup and CutMix: no" in said
-    assert "distiller.beta=8.0  (a number of at least 0)\n    Of the KL among the others." in said
+    assert (
+        "distiller.beta=8.0  (a number of at least 0 and of at most 1e+06)\n    Of the KL among the others."
+        in said
+    )
     assert "distiller.temperatures=[2.0, 3.0, 4.0, 5.0, 6.0]  (a list, each a number" in "\n".join(
         describe_method("mld")
     )

@@ -8,8 +8,8 @@ from torch import nn
 from kdav_fast.distillers import diffkd, norm
 from kdav_fast.distillers.base import Progress, Shapes
 from kdav_fast.distillers.reviewkd import hierarchical_context
-from kdav_fast.distillers.sskd import similarities, trusted
 from kdav_fast.distillers.terms.maps import to_common_height
+from kdav_fast.distillers.terms.self_supervision import similarities, trusted
 from kdav_fast.distillers.wcord import sinkhorn_plan
 from kdav_fast.models.outputs import Outputs
 from tests.distillers.feature_case import FeatureCase

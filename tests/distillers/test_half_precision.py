@@ -6,11 +6,10 @@ import pytest
 import torch
 
 from kdav_fast.distillers.dkd import decoupled_kl
-from kdav_fast.distillers.mld import batch_and_class_level
 from kdav_fast.distillers.nkd import non_target_cross_entropy, target_cross_entropy
 from kdav_fast.distillers.pskd import probability_cross_entropy
-from kdav_fast.distillers.terms.softened import soft_target_kl, standardized
-from kdav_fast.distillers.tfkd import virtual_teacher_kl
+from kdav_fast.distillers.terms.levels import batch_and_class_level
+from kdav_fast.distillers.terms.softened import soft_target_kl, standardized, virtual_teacher_kl
 from kdav_fast.distillers.wsld import soft_cross_entropy
 from kdav_fast.distillers.wttm import transformed_teacher_kl
 

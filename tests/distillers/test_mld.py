@@ -5,7 +5,7 @@ import torch
 
 from kdav_fast.config.loading import load_config
 from kdav_fast.data.views import Shuffled, Views
-from kdav_fast.distillers.mld import share_up_to_median
+from kdav_fast.distillers.terms.levels import share_up_to_median
 from kdav_fast.errors import InputError
 from tests.distillers.golden import Golden, golden_cases
 

@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from kdav_fast.config.loading import load_config
+from kdav_fast.config.method import method_section
+from kdav_fast.distillers.terms.softened import virtual_teacher_kl
 from kdav_fast.errors import InputError
 from tests.distillers.golden import Golden, golden_cases
+from tests.distillers.small_run import small_facts
 
 
 @pytest.mark.parametrize("setting", ["", "mobilenetv2_", "paper_"])
@@ -44,7 +48,35 @@ def test_a_teacher_is_needed_in_self_training_alone_and_is_best_the_student(buil
         load_config(None, ["distiller.name=tfkd", "distiller.variant=self_training"])
     (remark,) = build("tfkd", variant="self_training").remarks()
     assert "the paper's teacher is the student itself, trained before" in remark
-    assert not build("tfkd").remarks()
+
+
+def test_the_paper_s_form_says_that_published_numbers_are_the_code_s(build):
+    (remark,) = build("tfkd").remarks()
+    assert (
+        "teaches next to nothing beside the labels; to repeat published numbers, use distiller.form=code"
+        in remark
+    )
+    assert not build("tfkd", form="code").remarks()
+    network = small_facts(method_section({"name": "kd"})).student
+    assert not build("tfkd", {"teacher": network}, variant="self_training").remarks()
+
+
+def test_the_virtual_teacher_s_gradient_in_the_paper_s_form_is_next_to_none():
+    """What the remark says: beside that of the labels, at the published settings."""
+    logits = torch.randn(
+        64, 100, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    ).requires_grad_()
+    labels = torch.arange(64)
+    share = {}
+    for form, student_temperature in (("paper", 20.0), ("code", 1.0)):
+        kl, hard = (
+            virtual_teacher_kl(logits, labels, 20.0, student_temperature),
+            F.cross_entropy(logits, labels),
+        )
+        soft, hard = (torch.autograd.grad(loss, logits)[0].norm() for loss in (kl.mean(), hard))
+        share[form] = 0.1 * soft / (0.9 * hard)
+    assert share["paper"] < 1e-4
+    assert share["code"] > 1e-2
 
 
 @pytest.mark.parametrize(

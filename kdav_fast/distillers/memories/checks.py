@@ -1,11 +1,39 @@
-"""What every memory asks of its arguments."""
+"""What every memory asks of its arguments, and of the machine."""
 
+import os
 from numbers import Integral
 
+import psutil
 import torch
 from torch import Tensor
 
 from kdav_fast.errors import InputError
+
+_GIB = 2**30
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take: of the GPU's, or its share of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def require_room(what: str, needed: int, device: torch.device, remedy: str) -> None:
+    """Raise `InputError` unless so many bytes are free.
+
+    Args:
+        what: takes them.
+        needed: bytes.
+        device: on which; it is made on the host.
+        remedy: what to do.
+    """
+    for place in {device.type: device, "cpu": torch.device("cpu")}.values():
+        if needed > (free := free_memory(place)):
+            where = "of the GPU's memory" if place.type == "cuda" else "of memory a process"
+            raise InputError(
+                f"{what} need {needed / _GIB:.1f} GiB, but {free / _GIB:.1f} GiB {where} are free; {remedy}"
+            )
 
 
 def check_sizes(memory: str, **sizes: int) -> None:

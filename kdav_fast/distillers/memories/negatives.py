@@ -1,8 +1,15 @@
 """Training images of other classes, drawn anew for every step."""
 
+from typing import Annotated
+
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from kdav_fast.config.section import Mark, within
+
+Negatives = Annotated[int, within(1, 2**20, "each image is compared with as many"), Mark.SIZE]
+"""K, of a config."""
 
 
 class OtherClasses(nn.Module):
@@ -11,6 +18,9 @@ class OtherClasses(nn.Module):
     All images of a step draw from one permutation of the training set, each its first K of another class: one product
     with these rows serves the batch, where K rows an image would have to be collected. It depends on seed and step
     alone, so that it is the same on every rank and after a restart.
+
+    Attributes:
+        fewest: images of other classes, of the largest class.
 
     Args:
         labels: N class ids of the training images.
@@ -23,7 +33,8 @@ class OtherClasses(nn.Module):
         # A fact of the data, not of a run's state.
         self.register_buffer("labels", torch.from_numpy(labels.astype(np.int64)), persistent=False)
         self.count, self.seed = count, seed
-        self.candidates = min(len(labels), count + int(np.bincount(labels).max()))
+        largest = int(np.bincount(labels).max())
+        self.candidates, self.fewest = min(len(labels), count + largest), len(labels) - largest
 
     def draw(self, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Images M, M being K and the size of the largest class at most, and their weights B x M.

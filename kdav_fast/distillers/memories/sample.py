@@ -1,13 +1,17 @@
 """What a method remembers of every training image, by the image's index."""
 
-import os
 from collections.abc import Callable
 
-import psutil
 import torch
 from torch import Tensor
 
-from kdav_fast.distillers.memories.checks import check_range, check_sizes, check_valid
+from kdav_fast.distillers.memories.checks import (
+    check_range,
+    check_sizes,
+    check_valid,
+    free_memory,
+    require_room,
+)
 from kdav_fast.distillers.memories.gather import Gathering
 from kdav_fast.distillers.memories.memory import Memory
 from kdav_fast.errors import InputError
@@ -36,6 +40,7 @@ class SampleMemory(Memory):
         device: on which the batches are; None is torch's default.
         host: whether the memory lies on the device's host instead; None: where it would take more than half of the
             device memory that is free now.
+        remedy: what the user is told to do where it does not fit.
 
     Raises:
         InputError: a size that is no whole number or below 1, another dtype than float16, bfloat16, float32 or
@@ -50,6 +55,7 @@ class SampleMemory(Memory):
         dtype: torch.dtype = torch.float16,
         device: torch.device | str | None = None,
         host: bool | None = None,
+        remedy: str = "use fewer rows or a smaller width",
     ) -> None:
         super().__init__()
         check_sizes("SampleMemory", rows=rows, width=width)
@@ -59,7 +65,7 @@ class SampleMemory(Memory):
             )
         self.width, self._count = width, rows
         device = torch.get_default_device() if device is None else torch.device(device)
-        self.on_host = self._chosen_host(device, dtype, host)
+        self.on_host = self._chosen_host(device, dtype, host, remedy)
         where = torch.device("cpu") if self.on_host else device
         # One row more than images: rows that must not be remembered are written there, so that an update has fixed
         # shapes and needs no answer from the device.
@@ -169,26 +175,22 @@ class SampleMemory(Memory):
             f"SampleMemory.{method}", "an index", index, len(self), f"the memory has {len(self)} rows"
         )
 
-    def _chosen_host(self, device: torch.device, dtype: torch.dtype, host: bool | None) -> bool:
+    def _chosen_host(self, device: torch.device, dtype: torch.dtype, host: bool | None, remedy: str) -> bool:
         """Whether the memory shall lie on the host; raises `InputError` where it does not fit."""
         needed = (self._count + 1) * (self.width * dtype.itemsize + 1)
-        what = f"SampleMemory: {self._count} x {self.width} values of {dtype} need {needed / _GIB:.1f} GiB"
+        what = f"SampleMemory: {self._count} x {self.width} values of {dtype}"
         if device.type == "cuda" and not host:
-            free = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_DEVICE
+            free = free_memory(device) * _SHARE_OF_DEVICE
             if needed <= free:
                 return False
             if host is False:
                 raise InputError(
-                    f"{what}, but half of the free GPU memory is {free / _GIB:.1f} GiB; use host=None, fewer rows "
-                    "or a smaller width"
+                    f"{what} need {needed / _GIB:.1f} GiB, but half of the free GPU memory is "
+                    f"{free / _GIB:.1f} GiB; use host=None, or {remedy}"
                 )
         on_host = bool(host) or device.type == "cuda"
-        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if (on_host or device.type == "cpu") and needed > free:
-            raise InputError(
-                f"{what}, but {free / _GIB:.1f} GiB of memory a process are free; use fewer rows (data.train_subset) "
-                "or a smaller width"
-            )
+        if on_host or device.type == "cpu":
+            require_room(what, needed, torch.device("cpu"), remedy)
         return on_host
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SampleMemory":
@@ -201,6 +203,11 @@ class SampleMemory(Memory):
             return fn(buffer) if probe.dtype == buffer.dtype else buffer.to(probe.device)
 
         return super()._apply(moved, recurse)
+
+
+def width_remedy(width: int) -> str:
+    """Of a method whose memory is as wide as `distiller.width` says."""
+    return f"lower distiller.width ({width}), or take fewer images (data.train_subset)"
 
 
 def _moved(tensor: Tensor, device: torch.device) -> Tensor:

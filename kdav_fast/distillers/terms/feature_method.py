@@ -7,7 +7,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from kdav_fast.config.method import MethodConfig
-from kdav_fast.config.section import NonNegative, Temperature
+from kdav_fast.config.section import Temperature, Weight
+from kdav_fast.config.training import TrainConfig
 from kdav_fast.data.batch import Batch
 from kdav_fast.distillers.base import Distiller, Facts, Losses, Progress, label_loss, mean_over_valid
 from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
@@ -29,12 +30,22 @@ def require_own_terms(section: MethodConfig, *weights: str) -> None:
         )
 
 
+def require_images(section: MethodConfig, train: TrainConfig, least: int, reason: str) -> None:
+    """Raise `ValueError` where fewer images than `least` meet in a term: it would be constant."""
+    images = train.batch_size // train.accumulate
+    if images < least:
+        raise ValueError(
+            f"train.batch_size / train.accumulate is {images} with distiller.name '{section.name}', {reason}; make it "
+            f"{least} or more"
+        )
+
+
 class FeatureConfig(SoftenedConfig):
     """As in the comparisons on CIFAR-100: labels and the method's terms; with weight_kl 1, "+KD"."""
 
-    weight_label: NonNegative = 1.0
+    weight_label: Weight = 1.0
     """Of the cross-entropy with the labels."""
-    weight_kl: NonNegative = 0.0
+    weight_kl: Weight = 0.0
     """Of T^2 KL between the teacher's and the student's class distributions."""
     temperature: Temperature = 4.0
     """T of the KL term."""

@@ -12,6 +12,8 @@ from kdav_fast.distillers.base import Facts, widened
 from kdav_fast.errors import InputError
 
 _TINY_DEVIATION = 1e-7
+_CORRECT_PROBABILITY = 0.99
+"""Of the label in a virtual teacher; the others share the rest."""
 
 
 class SoftenedConfig(MethodConfig):
@@ -37,6 +39,13 @@ class SoftenedConfig(MethodConfig):
                 "distiller.standardize_logits=true, or leave it false"
             )
         return self
+
+    def check_classes(self, classes: int) -> None:
+        if self.standardize_logits and classes < 3:
+            raise InputError(
+                f"distiller.standardize_logits does not go with {classes} classes: of two logits, standardised, one is "
+                "1 and the other -1, whatever they are; set it to false"
+            )
 
     def prepared(self, logits: Tensor) -> Tensor:
         """Logits, B x K, as they are softened."""
@@ -65,6 +74,24 @@ def soft_target_kl(student_logits: Tensor, teacher_logits: Tensor, temperature: 
     return temperature**2 * F.kl_div(log_p, log_q, reduction="none", log_target=True).sum(1)
 
 
+def virtual_teacher_kl(
+    student_logits: Tensor, labels: Tensor, temperature: float, student_temperature: float
+) -> Tensor:
+    """KL(softmax(u / T) || softmax(f / T')) of each row, B, with u 0.99 at the label. Halves are widened.
+
+    Args:
+        student_logits: f, B x K, of at least two classes.
+        labels: B class ids.
+        temperature: T, of a softmax of probabilities: the virtual teacher is nearly uniform.
+        student_temperature: T'.
+    """
+    log_p = (widened(student_logits) / student_temperature).log_softmax(1)
+    classes = log_p.shape[1]
+    u = torch.full_like(log_p, (1 - _CORRECT_PROBABILITY) / (classes - 1))
+    u = u.scatter(1, labels[:, None], _CORRECT_PROBABILITY)
+    return F.kl_div(log_p, torch.softmax(u / temperature, 1), reduction="none").sum(1)
+
+
 def log_softmax_of_others(scaled: Tensor, target: Tensor) -> Tensor:
     """The log-softmax over all classes but the target of each row, B x K with 0 at the target.
 
@@ -73,6 +100,13 @@ def log_softmax_of_others(scaled: Tensor, target: Tensor) -> Tensor:
         target: B x K booleans, True at the target.
     """
     return scaled.masked_fill(target, -torch.inf).log_softmax(1).masked_fill(target, 0.0)
+
+
+def remarks_on_classes(name: str, classes: int, term: str) -> tuple[str, ...]:
+    """What to say where a term is of the classes beside the labelled one, and there is one alone."""
+    if classes > 2:
+        return ()
+    return (f"note: with two classes {term} of distiller.name '{name}' is constant and teaches nothing",)
 
 
 def require_several_classes(name: str, facts: Facts) -> None:
