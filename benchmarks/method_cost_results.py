@@ -6,7 +6,7 @@ from timing import quantiles, warn_if_noisy
 
 BASE = "kd"
 """The method beside which all others are measured."""
-MIB, GIB = 2**20, 2**30
+MIB = 2**20
 
 
 def summarise(measured: list[dict]) -> dict[str, object]:
@@ -74,7 +74,7 @@ HEAD = [
 
 def _mib(size: int) -> str:
     """A dash for nothing."""
-    return "-" if size == 0 else f"{size / MIB:,.3g}" if size < 100 * MIB else f"{size / MIB:,.0f}"
+    return "-" if size == 0 else f"{size / MIB:,.{2 if size < 10 * MIB else 0}f}"
 
 
 def print_table(result: dict) -> None:

@@ -29,28 +29,22 @@ from typing import Any
 
 import torch
 from command_line import Parser, check_device, default_device, draw, positive, result_files
-from environment import describe
+from environment import REPOSITORY, describe
 from method_cost_results import BASE, plot, print_table, summarise
 from method_needs import needs
 from method_steps import MethodSteps, make_config, make_data, write_teacher
 from record import Record, failure, leave_if_broken
 
+from kdav_fast.config import load_config
 from kdav_fast.config.method import method_names, method_section
 from kdav_fast.errors import InputError
 from kdav_fast.runtime.precision import autocast_dtype
 from kdav_fast.runtime.processes import Cluster, start_cluster
 
 PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "triton", "numpy")
+RECIPE = REPOSITORY / "launch" / "imagenet_resnet34_resnet18.yaml"
 CIFAR = {"kdav": {"memory_length": 16384}}
-IMAGENET = {
-    "at": {"stages": 4},
-    "diffkd": {"width": 1024},
-    "kdav": {"memory_length": 16384, "posterior": "ids"},
-    "mld": {"temperatures": [1, 2, 3, 5, 6]},
-    "norm": {"schedule": "imagenet"},
-    "reviewkd": {"stages": 4, "preactivations": "both", "width": 512},
-}
-"""Of the published settings and the recipes' those that cost something, where they are not the defaults."""
+"""What the recipe for CIFAR-100 sets that costs something; all other defaults are the published ones."""
 ON_IMAGENET = {
     "teacher": "torchvision:resnet34",
     "student": "torchvision:resnet18",
@@ -137,10 +131,15 @@ class Bench:
             torch.cuda.empty_cache()
 
 
+def published(name: str) -> dict[str, Any]:
+    """The keys that the recipe for ImageNet sets for a method."""
+    overrides = [f"distiller.name={name}", "data.crop=padded"]  # sskd refuses the recipe's small crops
+    return load_config(RECIPE, overrides).distiller.model_dump(exclude_unset=True)
+
+
 def _on_imagenet(name: str) -> dict[str, Any]:
-    method = method_section({"name": name, **IMAGENET.get(name, {})})
     try:
-        return needs(method, ON_IMAGENET, torch.bfloat16)
+        return needs(method_section({"name": name, **published(name)}), ON_IMAGENET, torch.bfloat16)
     except InputError as error:
         return {"error": str(error)}
 
@@ -235,7 +234,9 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         torch.set_num_threads(1)
     settings = {key: getattr(options, key) for key in ("device", *PRESETS[options.device])}
     turn_seconds, rounds = settings.pop("turn_seconds"), settings.pop("rounds")
-    settings["methods"] = IMAGENET if options.device == "cuda" else CIFAR
+    settings["methods"] = CIFAR
+    if options.device == "cuda":
+        settings["methods"] = {name: published(name) for name in method_names()}
     environment = describe(cluster.device, PACKAGES)
     print(json.dumps({"environment": environment, "settings": settings}, indent=1), flush=True)
     record = Record(options.json, environment, settings, summarise, name="measured")

@@ -47,10 +47,11 @@ def markdown(results: list[Result], targets: list[Target], missing: list[str]) -
     """Targets, then the main tables; the same for the same results."""
     parts = ["Targets:", _markdown_table(TARGETS, _cells(targets))]
     for result in results:
-        for table in result.tables:
-            if table.short:
-                parts += [f"**{table.title}** (`{result.name}`)", _markdown_table(table.head, table.rows)]
-        parts.append(f"{measured_on(result)}; `{result.environment['command']}`")
+        shown = [table for table in result.tables if table.short]
+        for table in shown:
+            parts += [f"**{table.title}** (`{result.name}`)", _markdown_table(table.head, table.rows)]
+        where = "" if shown else f"`{result.name}`, all of which the report shows: "
+        parts.append(f"{where}{measured_on(result)}; `{result.environment['command']}`")
     parts += [f"`{name}`: not measured." for name in missing]
     return "\n\n".join(parts) + "\n"
 

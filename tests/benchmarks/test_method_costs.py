@@ -1,7 +1,5 @@
 """Time and memory of methods beside KD's: every pair is kept, a failure costs one row, needs are those of a run."""
 
-import json
-
 import method_cost_results
 import method_costs
 import method_needs
@@ -12,7 +10,7 @@ import torch
 
 from kdav_fast.config.method import method_section
 from kdav_fast.runtime.processes import start_cluster
-from tests.benchmarks.scripts import completed, refusal
+from tests.benchmarks.scripts import refusal
 
 SETTINGS = {
     "device": "cpu",
@@ -124,7 +122,7 @@ def test_a_table_without_kd_claims_nothing(capsys):
     method_cost_results.print_table(result | {"settings": SETTINGS, "environment": environment})
     printed = capsys.readouterr().out
     assert "2.000 (2.000 to 2.000)" in printed
-    assert printed.splitlines()[1].split()[-5:] == ["-", "-", "-", "3", "-"]
+    assert printed.splitlines()[1].split()[-5:] == ["-", "-", "-", "3.00", "-"]
 
 
 @pytest.fixture(scope="module")
@@ -173,22 +171,6 @@ def test_memory_of_every_image_is_told_for_imagenet_without_being_held():
     large = SETTINGS | {"classes": 1000, "images": 1_281_167}
     needed = method_needs.needs(method_section({"name": "pskd"}), large, torch.bfloat16)
     assert needed["remembered_bytes"] == 1_281_168 * (1000 * 2 + 1)
-
-
-@pytest.mark.slow
-def test_all_methods_on_tiny_networks(tmp_path):
-    result_file = tmp_path / "result.json"
-    printed = completed("method_costs.py", [*TINY, "--rounds=1", f"--json={result_file}"]).stdout
-    result = json.loads(result_file.read_text())
-    assert [row["method"] for row in result["rows"]] == method_costs.check_options(
-        method_costs.make_parser().parse_args([*TINY, f"--json={result_file}"])
-    )
-    assert result["not_measured"] == {}
-    assert (tmp_path / "result.png").stat().st_size > 10_000
-    assert printed.splitlines()[-1].startswith(
-        "cifar:resnet8 teaches cifar:resnet8, 16 px, batch 8, fp32, 40 images"
-    )
-    assert str(tmp_path) not in json.dumps(result)
 
 
 @pytest.mark.parametrize(
