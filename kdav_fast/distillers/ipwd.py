@@ -15,7 +15,7 @@ from kdav_fast.distillers.base import (
     mean_over_valid,
     sum_of_parts,
 )
-from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl
+from kdav_fast.distillers.terms.softened import SoftenedConfig, soft_target_kl, standardized
 from kdav_fast.distillers.terms.whole_batch import gather_batch
 from kdav_fast.errors import InputError
 from kdav_fast.models.outputs import Outputs
@@ -40,8 +40,9 @@ class IPWD(Distiller):
     alone; it is not exported.
 
     Derived, not checked against the authors: there is no public code, and the weight is taken from a summary of the
-    paper, which also says that a normalisation of the logits ahead of the weights helps, but not which. The weights
-    here are of the logits as they are; no gradient passes through them.
+    paper, which also says that a normalisation of the logits ahead of the weights helps, but not which. Here both
+    heads' logits are standardised: of raw ones, an image of which the student is sure has a weight without bound, and
+    training diverges. No gradient passes through the weights.
     """
 
     class Config(SoftenedConfig):
@@ -55,6 +56,8 @@ class IPWD(Distiller):
         """Of that of the second head."""
         weight_kl: PositiveWeight = 1.0
         """Of the weighted T^2 KL(teacher || student)."""
+        standardize_weights: bool = True
+        """Take the weights of logits whose rows have mean 0 and deviation 1, which bounds them."""
         normalize_weights: bool = False
         """Divide the images' weights by their mean over the batch of all processes."""
 
@@ -81,7 +84,8 @@ class IPWD(Distiller):
     ) -> Losses:
         config = self.config
         heads = student.logits, learned["label_head"](student.features)
-        weight = inverse_probability(*(label_loss(logits, batch, 0.0) for logits in heads))
+        weighed = map(standardized, heads) if config.standardize_weights else heads
+        weight = inverse_probability(*(label_loss(logits, batch, 0.0) for logits in weighed))
         if config.normalize_weights:
             valid, weights = gather_batch(batch.valid, weight)
             weight = weight / mean_over_valid(weights, valid).clamp(min=1)
