@@ -36,7 +36,7 @@ lint: install
 kernels: install
 	$(BIN)/python -m kdav_fast.kernels.aot --targets sm_80,sm_90,sm_100
 
-# Every CPU preset, one after another on an otherwise idle machine. Accuracy takes the longest, and goes on where it was
+# Every CPU preset, one after another on an otherwise idle machine. Accuracy takes hours, and goes on where it was
 # stopped. The report is benchmarks/results/report.html; docs/benchmarks.md shows its summary.
 bench: install
 	@for folder in "$(CIFAR)/train" "$(PHOTOS)"; do test -d "$$folder" || { echo "make bench: no folder $$folder; \
@@ -48,6 +48,7 @@ bench: install
 	$(RUN) benchmarks/method_costs.py --device cpu
 	$(RUN) benchmarks/scale.py --device cpu
 	$(RUN) benchmarks/accuracy.py --device cpu --root $(CIFAR)
+	$(RUN) benchmarks/method_accuracy.py --device cpu --root $(CIFAR) --teacher runs/accuracy/teacher
 	$(RUN) benchmarks/summary.py
 
 # Everything for one GPU, part by part; what fails or takes too long is said, and the rest goes on. The same command goes

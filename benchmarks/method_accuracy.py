@@ -13,11 +13,9 @@ The teacher's maps are kept on the disk: about 6 GB for 25,000 images of CIFAR-1
 
 import argparse
 import json
-import statistics
 from collections import defaultdict
 from dataclasses import asdict, replace
 from functools import partial
-from pathlib import Path
 
 import accuracy_data
 import torch
@@ -26,8 +24,7 @@ from accuracy import make_parser as accuracy_parser
 from accuracy_methods import KDAV, SIMKD, Task
 from command_line import Parser, check_device, draw, positive, result_files
 from environment import describe
-from rich.console import Console
-from rich.table import Table
+from method_accuracy_results import plot, print_table, summarize
 
 from kdav_fast.config.method import method_names
 from kdav_fast.errors import InputError
@@ -65,92 +62,6 @@ def best_methods(results: list[dict], count: int = BEST) -> list[str]:
     return [result["task"]["method"] for result in ordered[:count]]
 
 
-def summarize(tried: list[dict], trained: list[dict]) -> list[dict]:
-    """A row a method, best mean first."""
-    rates, runs = defaultdict(dict), defaultdict(list)
-    for result in tried:
-        rates[result["task"]["method"]][str(result["task"]["lr"])] = result["held_out_top1"]
-    for result in sorted(trained, key=lambda result: result["task"]["seed"]):
-        runs[result["task"]["method"]].append(result)
-    rows = []
-    for method, every in runs.items():
-        values = [one["top1"] for one in every]
-        rows.append(
-            {
-                "method": method,
-                "settings": every[0]["task"]["distiller"],
-                "lr": every[0]["task"]["lr"],
-                "held_out_top1_by_lr": rates[method],
-                "seeds": [one["task"]["seed"] for one in every],
-                "top1": values,
-                "mean_top1": statistics.mean(values),
-                "std_top1": statistics.stdev(values) if len(values) > 1 else None,
-                "held_out_top1": statistics.mean(one["held_out_top1"] for one in every),
-                "minutes": statistics.mean(one["minutes"] for one in every),
-                "curves": [one["curve"] for one in every],
-            }
-        )
-    return sorted(rows, key=lambda row: -row["mean_top1"])
-
-
-def print_table(rows: list[dict], teacher_top1: float) -> None:
-    """One line a method."""
-    table = Table(
-        title=f"top-1 % on images that no student was trained on; the teacher has {teacher_top1:.2f}"
-    )
-    for column in ("method", "mean", "deviation", "over labels only", "held out", "seeds", "lr", "minutes"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    labels = next((row["mean_top1"] for row in rows if row["method"] == "none"), None)
-    for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['mean_top1']:.2f}",
-            "" if row["std_top1"] is None else f"{row['std_top1']:.2f}",
-            "" if labels is None else f"{row['mean_top1'] - labels:+.2f}",
-            f"{row['held_out_top1']:.2f}",
-            str(len(row["seeds"])),
-            f"{row['lr']:g}",
-            f"{row['minutes']:.1f}",
-        )
-    Console().print(table)
-
-
-def plot(rows: list[dict], teacher_top1: float, environment: dict, path: Path) -> None:
-    """Accuracy of every method, each seed a point, and against the minutes that it took."""
-    import matplotlib.pyplot as plt
-
-    figure, (bars, points) = plt.subplots(1, 2, figsize=(13, 1.5 + 0.3 * max(8, len(rows))))
-    places = range(len(rows))
-    bars.barh(
-        places,
-        [row["mean_top1"] for row in rows],
-        color=["#D55E00" if row["method"] == "kdav" else "#0072B2" for row in rows],
-    )
-    for place, row in zip(places, rows, strict=True):
-        bars.plot(row["top1"], [place] * len(row["top1"]), "k.", markersize=4)
-        points.plot(row["minutes"], row["mean_top1"], "o", color="#0072B2")
-        points.annotate(
-            row["method"],
-            (row["minutes"], row["mean_top1"]),
-            fontsize=8,
-            xytext=(3, 3),
-            textcoords="offset points",
-        )
-    bars.set_yticks(places, [row["method"] for row in rows])
-    bars.invert_yaxis()
-    bars.set_xlim(left=max(0, min(min(row["top1"]) for row in rows) - 2))
-    bars.set_xlabel("top-1 (%): mean, single seeds")
-    points.set_xscale("log")
-    points.set_xlabel("minutes of training" + ("" if "CPU" not in environment["device"] else " on one core"))
-    points.set_ylabel("top-1 (%)")
-    points.grid(alpha=0.3)
-    figure.suptitle(
-        f"teacher {teacher_top1:.2f} %; {environment['device']}, torch {environment['versions']['torch']}"
-    )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def make_parser() -> Parser:
     parser = accuracy_parser()
     parser.description = __doc__
@@ -181,17 +92,16 @@ def compare(options: argparse.Namespace) -> None:
     if device.type == "cpu":
         environment["threads"] = options.threads  # of each student
     methods, init, preset = options.methods or method_names(), config.model.init, options.settings
-    rows: list[dict] = []
+    preset_told = asdict(preset) | {"rates": RATES, "tuning_epochs": options.tuning_epochs}
+    record = {
+        "environment": environment,
+        "preset": preset_told,
+        "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
+        "teacher_top1": data.teacher_top1,
+    }
 
     def write(tried: list[dict], trained: list[dict]) -> None:
-        rows[:] = summarize(tried, trained)
-        record = {
-            "environment": environment,
-            "preset": asdict(preset) | {"rates": RATES, "tuning_epochs": options.tuning_epochs},
-            "networks": {"student": config.model.model_dump(mode="json"), "teacher": config.teacher.name},
-            "teacher_top1": data.teacher_top1,
-            "rows": rows,
-        }
+        record["rows"] = summarize(tried, trained)
         write_whole(path, json.dumps(record, indent=1) + "\n")
 
     train = partial(train_all, file=file, config=config, options=options, everything=True)
@@ -211,8 +121,8 @@ def compare(options: argparse.Namespace) -> None:
     ]
     trained += train(more, show=lambda results: write(tried, trained + results))
     write(tried, trained)
-    draw(partial(plot, rows, data.teacher_top1, environment, picture))
-    print_table(rows, data.teacher_top1)
+    draw(partial(plot, record, picture))
+    print_table(record)
 
 
 def main() -> None:

@@ -4,9 +4,9 @@
     python benchmarks/summary.py --compare OLD_FOLDER [--results FOLDER]
 
 Reads the results of the other benchmarks, and writes `report.html`, which opens offline, and `summary.md` beside
-them. The page's text between its two markers becomes that summary; in `methods.md` beside it, what stands between two
-others becomes the table of what methods cost. A target without a result is shown as not measured. With `--compare`,
-nothing is written: it prints by how much the medians that two folders share differ.
+them. The page's text between its two markers becomes that summary; in `methods.md` beside it, what stands between
+others becomes the tables of what methods cost and of what they reach. A target without a result is shown as not
+measured. With `--compare`, nothing is written: it prints by how much the medians that two folders share differ.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from command_line import RESULT_FOLDER, Parser
 from summary_compare import compare
-from summary_pages import costs_markdown, html_page, markdown
+from summary_pages import costs_markdown, html_page, markdown, reaches_markdown
 from summary_results import ONLY_GPU, RESULTS, read_results
 from summary_targets import all_targets
 
@@ -24,16 +24,23 @@ METHODS = "methods.md"
 """Beside the page."""
 
 
-def replaced(page: Path, summary: str, name: str = "benchmarks") -> str:
-    """The page's text with the summary between the markers of that name.
+def replaced(page: Path, summaries: dict[str, str]) -> str:
+    """The page's text with each summary between the markers of its name; empty ones change nothing.
 
     Raises:
-        InputError: it cannot be read, or its markers are not there once each, in order.
+        InputError: it cannot be read, or markers are not there once each, in order.
     """
     try:
         text = page.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"--page {page}: {error.strerror}; give the page to update") from None
+    for name, summary in summaries.items():
+        if summary:
+            text = _between(text, page, name, summary)
+    return text
+
+
+def _between(text: str, page: Path, name: str, summary: str) -> str:
     first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     begin, end = text.find(first), text.find(last)
     if not 0 <= begin < end or text.count(first) != 1 or text.count(last) != 1:
@@ -54,10 +61,12 @@ def run(options: argparse.Namespace) -> None:
     measured = {result.benchmark for result in results}
     missing = [name for name in RESULTS if name not in measured and name not in ONLY_GPU]
     summary = markdown(results, targets, missing)
-    pages = {options.page: replaced(options.page, summary)}  # before anything is written
-    methods, costs = options.page.with_name(METHODS), costs_markdown(results)
-    if costs and methods.exists():
-        pages[methods] = replaced(methods, costs, "costs")
+    pages = {options.page: replaced(options.page, {"benchmarks": summary})}  # before anything is written
+    methods = options.page.with_name(METHODS)
+    if methods.exists():
+        pages[methods] = replaced(
+            methods, {"costs": costs_markdown(results), "reaches": reaches_markdown(results)}
+        )
     try:
         (options.results / "summary.md").write_text(summary, encoding="utf-8")
         (options.results / "report.html").write_text(html_page(results, targets, missing), encoding="utf-8")

@@ -4,6 +4,7 @@ import base64
 from html import escape
 from pathlib import Path
 
+from method_accuracy_results import trained_as
 from method_cost_results import said_of
 from summary_results import Result, Table
 from summary_targets import Target
@@ -62,6 +63,16 @@ def costs_markdown(results: list[Result]) -> str:
     for result in results:
         if result.benchmark == "method_costs":
             parts.append(f"{said_of(result.data)}, {result.environment['date']}:")
+            parts += [_markdown_table(table.head, table.rows) for table in result.tables]
+    return "\n\n".join(parts)
+
+
+def reaches_markdown(results: list[Result]) -> str:
+    """What method_accuracy.py measured, a table for each device; empty where it has not."""
+    parts = []
+    for result in results:
+        if result.benchmark == "method_accuracy":
+            parts.append(f"{trained_as(result.data)}, {result.environment['date']}:")
             parts += [_markdown_table(table.head, table.rows) for table in result.tables]
     return "\n\n".join(parts)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import method_accuracy_results
 import method_cost_results
 
 from kdav_fast.errors import InputError, one_line
@@ -132,6 +133,11 @@ def _method_costs(data: dict) -> list[Table]:
     return [costs, *_left_out(data)]
 
 
+def _method_accuracy(data: dict) -> list[Table]:
+    rows = method_accuracy_results.cells(data["rows"])
+    return [Table("What every method reaches", method_accuracy_results.HEAD, rows, short=False)]
+
+
 def _accuracy(data: dict) -> list[Table]:
     rows, every_setting = [], []
     for row in data["rows"]:
@@ -186,6 +192,7 @@ RESULTS: dict[str, Callable[[dict], list[Table]]] = {
     "reading": _reading,
     "training_step": _training_step,
     "method_costs": _method_costs,
+    "method_accuracy": _method_accuracy,
     "accuracy": _accuracy,
     "scale": _scale,
     "gpu_tests": _right,

@@ -4,6 +4,7 @@ import json
 
 import method_accuracy
 import pytest
+from method_accuracy_results import cells, summarize
 
 from tests.benchmarks.scripts import completed
 from tests.benchmarks.test_accuracy import NETWORKS, folder  # noqa: F401  (a fixture)
@@ -37,13 +38,20 @@ def test_further_seeds_are_of_the_best_on_held_out_images():
 
 
 def test_a_row_a_method_the_best_first():
-    kd, at = method_accuracy.summarize(
+    kd, at = summarize(
         [result("kd", lr, 100, lr) for lr in (0.05, 0.1, 0.3)],
         [result("at", top1=30), result("kd", seed=1, top1=50), result("kd", seed=0, top1=46)],
     )
     assert (kd["method"], kd["top1"], kd["mean_top1"], kd["seeds"]) == ("kd", [46, 50], 48, [0, 1])
     assert kd["held_out_top1_by_lr"] == {"0.05": 0.05, "0.1": 0.1, "0.3": 0.3}
     assert (at["method"], at["std_top1"]) == ("at", None)
+
+
+def test_gains_are_over_labels_only():
+    trained = [result("kd", top1=50.0), result("none", top1=46.0), result("at", top1=45.0)]
+    shown = {row[0]: row[3] for row in cells(summarize([], trained))}
+    assert shown == {"kd": "+4.00", "none": "-", "at": "-1.00"}
+    assert [row[3] for row in cells(summarize([], trained[:1]))] == ["-"]
 
 
 @pytest.mark.slow

@@ -10,7 +10,15 @@ import pytest
 from tests.benchmarks.scripts import BENCHMARKS
 
 SCRIPT = BENCHMARKS / "summary.py"
-NAMES = ("loss_kernel", "data_pipeline", "training_step", "method_costs", "accuracy", "scale")
+NAMES = (
+    "loss_kernel",
+    "data_pipeline",
+    "training_step",
+    "method_costs",
+    "method_accuracy",
+    "accuracy",
+    "scale",
+)
 MARKED = "before\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nafter\n"
 
 
@@ -83,6 +91,24 @@ def costs(**failed):
     return {"rows": rows, "not_measured": failed, "settings": sizes | {"images": 5, "classes": 2}}
 
 
+def reached():
+    """A result of method_accuracy.py with two methods."""
+    row = {
+        "mean_top1": 70.0,
+        "std_top1": None,
+        "held_out_top1": 71.0,
+        "seeds": [0],
+        "lr": 0.1,
+        "minutes": 2.0,
+    }
+    return {
+        "rows": [{**row, "method": "crd", "mean_top1": 72.5}, {**row, "method": "none"}],
+        "networks": {"teacher": "t", "student": {"name": "s", "width": 0.5}},
+        "preset": {"train_subset": 25000, "epochs": 12},
+        "teacher_top1": 85.6,
+    }
+
+
 @pytest.fixture
 def folder(tmp_path):
     """One small result of every benchmark and a page with markers."""
@@ -103,6 +129,7 @@ def folder(tmp_path):
     step = step_rows(reference=50.0, kdav_fast=50.0) | {"targets": [missed, unknown]}
     write(tmp_path, "training_step_cpu", step)
     write(tmp_path, "method_costs_cpu", costs())
+    write(tmp_path, "method_accuracy_cpu", reached())
     method = {"settings": "few", "seeds": [0, 1], "mean_top1": 70.25, "std_top1": 0.5, "minutes": 3.0}
     methods = [{**method, "method": m, "held_out_top1": top1} for m, top1 in (("kd", None), ("kdav", 71.5))]
     met = {"name": "KDAV over KD", "target": ">= 2.0", "measured": 2.5, "met": True}
@@ -254,6 +281,7 @@ def test_what_methods_cost_is_a_target_and_a_table_of_their_page(folder, summari
     name = "every method: time and memory beside KD's, in one run"
     marked = "before\n<!-- costs:begin -->\nold\n<!-- costs:end -->\nafter\n"
     (folder / "methods.md").write_text(marked)
+    (folder / "method_accuracy_cpu.json").unlink()
     assert summarise()[0] == 0
     assert states((folder / "summary.md").read_text())[name] == "met"
     text = (folder / "methods.md").read_text()
@@ -263,6 +291,16 @@ def test_what_methods_cost_is_a_target_and_a_table_of_their_page(folder, summari
     summarise()
     assert states((folder / "summary.md").read_text())[name] == "missed"
     assert "| mld | OutOfMemoryError: much |" in (folder / "methods.md").read_text()
+
+
+def test_what_methods_reach_is_another_table_of_their_page(folder, summarise):
+    (folder / "methods.md").write_text("<!-- reaches:begin -->\nold\n<!-- reaches:end -->\n")
+    (folder / "method_costs_cpu.json").unlink()
+    assert summarise()[0] == 0
+    text = (folder / "methods.md").read_text()
+    assert "old" not in text
+    assert "t (85.60 %) teaches s of width 0.5, 25,000 training images, 12 epochs" in text
+    assert "| crd | 72.50 | - | +2.50 | 71.00 | 1 | 0.1 | 2.0 |" in text
 
 
 def test_compare_tells_a_slower_machine_from_a_slower_part(folder, summarise, tmp_path_factory):
