@@ -20,6 +20,11 @@ from tests.train import processes
 from tests.train.interrupt import after_step
 
 METHODS = [*method_names(), *added_methods.NAMES]
+each_method = pytest.mark.parametrize(
+    "method",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in method_names()), *added_methods.NAMES],
+)
+"""Those of the tests, which ask for everything, stand for the others where it has to be quick."""
 TRAINED = {
     "epochs": 2,
     "batch_size": 16,
@@ -89,10 +94,7 @@ def losses_of(run_dir):
     return [line["train/loss"] for line in read_metrics(run_dir) if "train/loss" in line]
 
 
-@pytest.mark.parametrize(
-    "method",
-    [*(pytest.param(name, marks=pytest.mark.slow) for name in method_names()), *added_methods.NAMES],
-)
+@each_method
 def test_killed_and_continued_equals_unbroken(method, whole, make_config, monkeypatch):
     config, expected = make_config(method, "killed"), whole(method)[0]
 
@@ -111,7 +113,7 @@ def test_killed_and_continued_equals_unbroken(method, whole, make_config, monkey
     assert losses_of(config.run_dir) == losses_of(expected.run_dir)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@each_method
 def test_the_export_is_the_stock_architecture_and_answers_as_what_was_evaluated(method, whole, tmp_path):
     config, accuracy = whole(method)
     export_safetensors(config.run_dir, tmp_path / "student.safetensors")
