@@ -39,8 +39,17 @@ def test_values_and_gradient(name, dtype, impl, filled_as):
     check_case(name, dtype, impl, filled_as)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("impl", ["triton", "compile"])
+@pytest.mark.parametrize(
+    ("name", "impl"),
+    [
+        *((name, "triton") for name in sorted(CASES)),
+        # torch.compile takes long: one case stands for the others in `make test`.
+        *(
+            pytest.param(name, "compile", marks=() if name == "case5" else pytest.mark.slow)
+            for name in sorted(CASES)
+        ),
+    ],
+)
 def test_values_and_gradient_of_compiled_implementations(name, impl):
     check_case(name, torch.float32, impl)
 

@@ -178,6 +178,7 @@ def _key(line: dict[str, Any]) -> tuple[int, bool]:
     return line["step"], "val/top1" in line
 
 
+@pytest.mark.slow
 def test_killed_in_every_stage(make_run, whole):
     """The checkpoint from which the next attempt continues tells that the kill hit the stage."""
     run = make_run(1)
@@ -271,10 +272,8 @@ def test_killed_at_random_moments(make_run, whole, world, kills, train, seed):
     check_equal(run, undisturbed)
 
 
-@pytest.mark.parametrize(
-    "number",
-    [SIGTERM, pytest.param(SIGUSR1, marks=pytest.mark.slow), pytest.param(SIGINT, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [SIGTERM, SIGUSR1, SIGINT])
 def test_a_signal_to_one_of_two_stops_both_at_the_same_step(make_run, whole, number):
     draw = random.Random(number)
     run, rank, micro_batch = make_run(2), draw.randrange(2), draw.randint(1, 36)

@@ -130,7 +130,10 @@ def test_half_precision_images_need_networks_that_take_them(small_config, tmp_pa
             "data": {"loader": "torchvision"},
             "optimizer": {"name": "adamw", "lr": 0.01},
         },
-        {"distiller": {"name": "none"}, "model": {"compile": True}, "schedule": {"name": "one_cycle"}},
+        pytest.param(
+            {"distiller": {"name": "none"}, "model": {"compile": True}, "schedule": {"name": "one_cycle"}},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "kd",
