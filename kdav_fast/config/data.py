@@ -23,6 +23,7 @@ OF_GPU_DECODER = ("hw_decoder_load", "fancy_upsampling")
 """Keys that mean something only where images are decoded on a GPU."""
 PILLOW_MAX_PIXELS = 178_956_970
 """Pillow refuses to open larger images as decompression bombs."""
+_MOST = {1: "no other view than itself", 2: "two views, as it is and mirrored"}
 Strengths = Annotated[
     tuple[NonNegative, NonNegative, NonNegative, Annotated[float, Field(ge=0, le=0.5)]], Lenient
 ]
@@ -89,6 +90,9 @@ class DataConfig(Section):
     color_jitter: Strengths = (0.0, 0.0, 0.0, 0.0)
     """Strengths of random brightness, contrast, saturation (factors within 1 +- strength) and hue (turns, at most
     0.5). 0: off."""
+    views: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """Training: every image has this many fixed augmentations, which follow from the run's seed, and an epoch shows one
+    of them, none twice before all were shown. With flips alone there are 2. Default: augmentation without end."""
     eval_resize: Count | None = None
     """Short side before the evaluation's centre crop. Default: image_size / 0.875 for
     `random_resized` training, image_size otherwise."""
@@ -131,6 +135,11 @@ class DataConfig(Section):
             raise ValueError(
                 f"data.crop_area is {list(self.crop_area)}; areas are fractions of the image, at most 1"
             )
+        if self.views is not None and (most := self._most_views()) and self.views != most:
+            raise ValueError(
+                f"data.views is {self.views}; with data.crop 'none' and neither automatic augmentation nor colour "
+                f"jitter an image has {_MOST[most]}; give {most}, drop data.views, or augment more"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("data.mean and data.std belong together; give both or neither")
         if self.std is not None and min(self.std) <= 0:
@@ -140,3 +149,9 @@ class DataConfig(Section):
                 f"data.eval_resize is {self.eval_resize}; it must be at least data.image_size ({self.image_size})"
             )
         return self
+
+    def _most_views(self) -> int | None:
+        """How many views an image can have, where that is few."""
+        if self.crop != "none" or self.auto_augment != "none" or any(self.color_jitter):
+            return None
+        return 2 if self.flip else 1

@@ -60,7 +60,8 @@ class Loaders:
     train: Loader
     """Shuffled and augmented, in the views of the run's order."""
     training: Callable[[], Loader]
-    """Makes another loader of the same images in the same views, shuffled and augmented independently of `train`."""
+    """Makes another loader of the same images in the same views, shuffled independently of `train`; augmented so too,
+    unless images have fixed views."""
     evaluation: Loader
     """The evaluation split, in order."""
     measure: Callable[[], Loader]
@@ -103,6 +104,7 @@ def build_loaders(
     """
     import torch
 
+    from kdav_fast.data.drawn_views import DrawnViews
     from kdav_fast.data.preprocessing import evaluation_preprocessing, training_preprocessing
 
     workers = config.workers or max(1, len(os.sched_getaffinity(0)) // local_world)
@@ -116,7 +118,9 @@ def build_loaders(
         keep = partial(_keep, make, where=where, local_world=local_world, progress=rank == 0)
         train, evaluation = keep(*train), keep(*evaluation)
     shared = partial(make, rank=rank, world=world, on_reshard=config.on_reshard)
-    training = partial(shared, *train, batch_size=batch_size, shuffle=True, order=order)
+    # The same in all training loaders, whatever their seeds.
+    views = DrawnViews(config.views, seed, train[1]) if config.views else None
+    training = partial(shared, *train, batch_size=batch_size, shuffle=True, order=order, views=views)
     in_order = partial(shared, batch_size=eval_batch_size, shuffle=False, seed=seed)
     return Loaders(
         train=training(seed=seed),

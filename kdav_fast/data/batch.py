@@ -25,6 +25,9 @@ class Batch(NamedTuple):
     """B x K class shares, where mixup or CutMix made the images."""
     views: int = 1
     """V."""
+    view: Tensor | None = None
+    """Which of its image's fixed views (`data.views`) each row is, int64; for `Rotations` of the first B, since the
+    others are made of these. None where augmentation has no end."""
 
     @property
     def foremost(self) -> Tensor:

@@ -12,13 +12,16 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from kdav_fast.data.dali_graph import Source, as_source
+from kdav_fast.data.dali_draws import Draws, FedDraws, OwnDraws, Source, to_feed
+from kdav_fast.data.dali_graph import as_source
 from kdav_fast.data.preprocessing import CenterCrop, RandomResizedCrop
+from kdav_fast.data.view_parameters import ViewParameters
 
 QUEUE = 2
 """Batches that DALI decodes ahead."""
 _RESAMPLED_AHEAD = 1  # decoded batches whose resampling has begun
 _LONGEST = 16  # times the short side
+_FED = ("boxes",)  # what it takes of a view
 BEGUN = QUEUE + _RESAMPLED_AHEAD + 1
 """Batches that may have been begun beyond the one that was handed out."""
 
@@ -35,8 +38,9 @@ class CpuDecoder:
         size: S, pixels.
         batch_size: B.
         threads: for decoding, and again for resampling.
-        seed: of the random parts.
+        seed: of the random parts; None where nothing is drawn here, and there is no checkpoint.
         checkpoint: where an earlier decoder's random state was; None begins anew.
+        views: of every batch: which parts a random crop takes, if they are not drawn here.
 
     Raises:
         RuntimeError: an image cannot be decoded, or (from the constructor) the checkpoint does not fit.
@@ -51,19 +55,22 @@ class CpuDecoder:
         *,
         batch_size: int,
         threads: int,
-        seed: int,
-        checkpoint: bytes | None,
+        seed: int | None,
+        checkpoint: bytes | None = None,
+        views: Iterator[ViewParameters] | None = None,
     ) -> None:
         self._crop, self._size = crop, size
+        self._draws = seed is not None
         self._pipeline = _pipeline(
             as_source(contents, QUEUE),
             crop,
+            None if views is None else as_source(to_feed(views, _FED), QUEUE),
             batch_size=batch_size,
             num_threads=threads,
             device_id=None,
             seed=seed,
             prefetch_queue_depth=QUEUE,
-            enable_checkpointing=True,
+            enable_checkpointing=self._draws,
             checkpoint=checkpoint,
         )
         self._pipeline.build()
@@ -89,7 +96,8 @@ class CpuDecoder:
 
     def _begin(self) -> None:
         (decoded,) = self._pipeline.run()
-        self._checkpoints.append(self._pipeline.checkpoint())
+        if self._draws:
+            self._checkpoints.append(self._pipeline.checkpoint())
         if decoded.is_dense_tensor() and decoded.shape()[0][:2] == (self._size, self._size):
             self._begun.append((torch.from_dlpack(decoded.as_tensor()), []))
             return
@@ -141,12 +149,11 @@ def _single_threaded_pool(threads: int) -> ThreadPoolExecutor:
 
 
 @pipeline_def
-def _pipeline(source: Source, crop: RandomResizedCrop | CenterCrop) -> DataNode:
+def _pipeline(source: Source, crop: RandomResizedCrop | CenterCrop, views: Source | None) -> DataNode:
+    draws: Draws = OwnDraws() if views is None else FedDraws(views, _FED)
     encoded = fn.external_source(source, ndim=1, dtype=types.UINT8, no_copy=True)
     # EXIF rotation is ignored, as by torchvision and with published weights.
     options = {"output_type": types.RGB, "adjust_orientation": False}
     if isinstance(crop, CenterCrop):
         return fn.decoders.image(encoded, **options)
-    return fn.decoders.image_random_crop(
-        encoded, random_area=crop.area, random_aspect_ratio=crop.aspect_ratio, **options
-    )
+    return draws.decode_part(encoded, crop, **options)

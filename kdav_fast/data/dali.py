@@ -4,7 +4,8 @@ import base64
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, tee
 from typing import Any, Literal
 
 import numpy as np
@@ -15,25 +16,23 @@ from nvidia.dali.data_node import DataNode
 from kdav_fast.data import cpu_decoder
 from kdav_fast.data.checks.scan import decoding_defects, defects_error
 from kdav_fast.data.cpu_decoder import CpuDecoder
+from kdav_fast.data.dali_draws import Draws, FedDraws, OwnDraws, Source, to_feed
 from kdav_fast.data.dali_graph import (
-    Source,
     as_source,
-    auto_augment,
     color_jitter,
     crop_pixels,
     decode_and_crop,
     normalize,
 )
+from kdav_fast.data.dali_inputs import contents_of, with_parameters
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import Preprocessing, crop_of_square, square_crop
-from kdav_fast.data.read_ahead import ReaderLostError, read_ahead
-from kdav_fast.data.resident import picked_rows
+from kdav_fast.data.read_ahead import ReaderLostError
+from kdav_fast.data.view_parameters import ViewParameters, parameters_of
 from kdav_fast.errors import InputError
 
-# Batches in the pipeline's queue, and those whose files are read before it asks for them.
-_QUEUE = 2
-_READ_AHEAD = 2
+_QUEUE = 2  # batches that the pipeline has in work
 # Batches that may have been begun when one fails.
 _BEGUN = _QUEUE + 1 + cpu_decoder.BEGUN
 
@@ -43,6 +42,9 @@ class DaliLoader(EpochLoader):
 
     On the CPU a `CpuDecoder` makes squares of bytes; with a CUDA device they cross to it as bytes. On the GPU
     the pipeline decodes. Pixels in memory need neither. In each case one pipeline augments and normalises.
+
+    DALI draws what is random, and its generators' states are part of the loader's. Where images have fixed views, it is
+    fed their parameters instead: the position in the epoch is then the whole state.
 
     Args:
         decode: where.
@@ -83,7 +85,7 @@ class DaliLoader(EpochLoader):
                 raise
             except (RuntimeError, OSError):
                 # A pipeline that failed is lost; a new one can go on from here once the files are repaired.
-                self._checkpoint = self._pipeline.checkpoint()
+                self._checkpoint = None if self.views else self._pipeline.checkpoint()
                 self._pipeline = self._decoder = None
                 begun = np.concatenate(list(islice(self._epochs.upcoming(epoch, batch), _BEGUN)))
                 if defects := decoding_defects(self.images, begun.tolist()):
@@ -92,6 +94,8 @@ class DaliLoader(EpochLoader):
             yield images
 
     def state_dict(self) -> dict[str, Any]:
+        if self.views:
+            return super().state_dict()
         checkpoint = self._pipeline.checkpoint() if self._pipeline else self._checkpoint
         return {
             **super().state_dict(),
@@ -102,6 +106,8 @@ class DaliLoader(EpochLoader):
 
     def _restore(self, state: dict[str, Any] | None) -> None:
         self._pipeline = self._decoder = None  # they take a checkpoint only when they are built
+        if self.views:
+            return
         self._checkpoint = _as_bytes(state["pipeline"]) if state else None
         self._decoder_checkpoint = _as_bytes(state["decoder"]) if state else None
         self._first_epoch = state["first_epoch"] if state else self._epoch
@@ -113,7 +119,7 @@ class DaliLoader(EpochLoader):
         """
         stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
         (output,) = self._pipeline.run(stream)
-        if self._decoder:
+        if self._decoder and not self.views:
             self._decoder_checkpoint = self._decoder.checkpoint_of_next()
         images = torch.from_dlpack(output.as_tensor())
         if self.preprocessing.channels_last:
@@ -124,11 +130,12 @@ class DaliLoader(EpochLoader):
         gpu = None
         if self.device.type == "cuda":
             gpu = torch.cuda.current_device() if self.device.index is None else self.device.index
-        batches = self._epochs.upcoming(epoch, first)
+        contents, views = self._inputs(epoch, first)
         try:
             with _without_deprecations():
                 pipeline = _pipeline(
-                    as_source(self._inputs(batches), _QUEUE),
+                    as_source(contents, _QUEUE),
+                    views,
                     self.preprocessing,
                     self._decode,
                     None if self._decode else self.images.pixels,
@@ -139,7 +146,7 @@ class DaliLoader(EpochLoader):
                     device_id=gpu,
                     seed=self._random_seed(0),
                     prefetch_queue_depth=_QUEUE,
-                    enable_checkpointing=True,
+                    enable_checkpointing=self.views is None,
                     checkpoint=self._checkpoint,
                 )
                 pipeline.build()
@@ -153,23 +160,31 @@ class DaliLoader(EpochLoader):
             ) from error
         self._pipeline = pipeline
 
-    def _inputs(self, batches: Iterator[np.ndarray]) -> Iterator:
-        """What the pipeline takes for each batch: files, or squares, or pixels. Refers to no loader: in a
-        reference cycle, its threads would outlive it."""
-        if self._decode == "gpu":
-            return read_ahead(batches, self.images, _READ_AHEAD)
-        if self._decode == "cpu":
-            self._decoder = CpuDecoder(
-                read_ahead(batches, self.images, _READ_AHEAD),
-                square_crop(self.preprocessing.crop, self.preprocessing.size),
-                self.preprocessing.size,
-                batch_size=self._epochs.rows,
-                threads=self.workers,
-                seed=self._random_seed(1),
-                checkpoint=self._decoder_checkpoint,
-            )
-            return self._decoder
-        return picked_rows(self.images.pixels, batches)
+    def _inputs(self, epoch: int, first: int) -> tuple[Iterator, Iterator[ViewParameters] | None]:
+        """What the pipeline takes for each batch: files, or squares, or pixels; and the parameters of fixed views.
+        Refers to no loader: in a reference cycle, its threads would outlive it."""
+        fed = parameters_of(self.preprocessing) if self.views else ()
+        if fed:
+            batches = self._epochs.upcoming_views(epoch, first)
+            contents, views = with_parameters(self.images, batches, self.views)
+        else:
+            contents, views = contents_of(self.images, self._epochs.upcoming(epoch, first)), None
+        if self._decode != "cpu":
+            return contents, views
+        parts = None
+        if "boxes" in fed:  # what nobody took would be kept
+            parts, views = tee(views) if len(fed) > 1 else (views, None)
+        self._decoder = CpuDecoder(
+            contents,
+            square_crop(self.preprocessing.crop, self.preprocessing.size),
+            self.preprocessing.size,
+            batch_size=self._epochs.rows,
+            threads=self.workers,
+            seed=None if self.views else self._random_seed(1),
+            checkpoint=self._decoder_checkpoint,
+            views=parts,
+        )
+        return self._decoder, views
 
     def _random_seed(self, use: int) -> int:
         """Ranks share the order of images but not the augmentation."""
@@ -195,9 +210,10 @@ def _without_deprecations() -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-@pipeline_def(enable_conditionals=True)  # auto_augment needs conditionals
+@pipeline_def(enable_conditionals=True)  # automatic augmentation needs conditionals
 def _pipeline(
     source: Source,
+    views: Iterator[ViewParameters] | None,
     preprocessing: Preprocessing,
     decode: Literal["cpu", "gpu"] | None,
     pixels: torch.Tensor | None,
@@ -205,21 +221,30 @@ def _pipeline(
     on_gpu: bool,
 ) -> DataNode:
     crop, size = preprocessing.crop, preprocessing.size
+    if decode == "cpu":
+        crop = crop_of_square(crop, size)
+    draws = OwnDraws() if views is None else _fed(views, replace(preprocessing, crop=crop))
     if decode == "gpu":
         encoded = fn.external_source(source, ndim=1, dtype=types.UINT8, no_copy=True)
-        square = decode_and_crop(encoded, crop, size, "mixed", **of_gpu)
+        square = decode_and_crop(encoded, crop, size, draws, "mixed", **of_gpu)
     elif decode == "cpu":
         square = fn.external_source(source, layout="HWC", dtype=types.UINT8, no_copy=True)
-        square = crop_pixels(square, crop_of_square(crop, size), size, same_size=True)
+        square = crop_pixels(square, crop, size, draws, same_size=True)
     else:
         device = "gpu" if pixels.is_cuda else "cpu"
         whole = fn.external_source(
             source, layout="HWC", dtype=types.UINT8, device=device, no_copy=device == "cpu"
         )
-        square = crop_pixels(whole, crop, size, same_size=tuple(pixels.shape[1:3]) == (size, size))
+        square = crop_pixels(whole, crop, size, draws, same_size=tuple(pixels.shape[1:3]) == (size, size))
     if on_gpu:
         square = square.gpu()
-    square = auto_augment(square, preprocessing.augment, size)
+    if preprocessing.augment is not None:
+        square = draws.augment(square, preprocessing.augment, size)
     if preprocessing.jitter is not None:
-        square = color_jitter(square, preprocessing.jitter)
-    return normalize(square, preprocessing)
+        square = color_jitter(square, preprocessing.jitter, draws)
+    return normalize(square, preprocessing, draws)
+
+
+def _fed(views: Iterator[ViewParameters], preprocessing: Preprocessing) -> Draws:
+    names = parameters_of(preprocessing)
+    return FedDraws(as_source(to_feed(views, names), _QUEUE), names)

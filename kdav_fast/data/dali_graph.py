@@ -1,29 +1,23 @@
 """The DALI graph from encoded or decoded images to network input, piece by piece."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from nvidia.dali import fn, math, types
-from nvidia.dali.auto_aug import rand_augment, trivial_augment
 from nvidia.dali.data_node import DataNode
 
+from kdav_fast.data.dali_draws import Draws, Source
 from kdav_fast.data.preprocessing import (
     CenterCrop,
     ColorJitter,
     PaddedCrop,
     Preprocessing,
-    RandAugment,
     RandomResizedCrop,
-    TrivialAugment,
 )
 
 Crop = RandomResizedCrop | PaddedCrop | CenterCrop
-
-
-Source = Callable[[int], Any]
-"""What DALI asks for the input of each batch."""
 
 
 def as_source(batches: Iterator, queue: int) -> Source:
@@ -43,7 +37,12 @@ def as_source(batches: Iterator, queue: int) -> Source:
 
 
 def decode_and_crop(
-    encoded: DataNode, crop: Crop, size: int, device: Literal["cpu", "mixed"], **of_gpu: float | bool
+    encoded: DataNode,
+    crop: Crop,
+    size: int,
+    draws: Draws,
+    device: Literal["cpu", "mixed"],
+    **of_gpu: float | bool,
 ) -> DataNode:
     """From file bytes to S x S x 3 bytes. EXIF rotation is ignored, as by torchvision and with published weights.
 
@@ -51,32 +50,28 @@ def decode_and_crop(
     """
     options = {"device": device, "output_type": types.RGB, "adjust_orientation": False, **of_gpu}
     if isinstance(crop, RandomResizedCrop):
-        part = fn.decoders.image_random_crop(
-            encoded, random_area=crop.area, random_aspect_ratio=crop.aspect_ratio, **options
-        )
-        return fn.resize(part, size=(size, size))
-    return _fixed_crop(fn.decoders.image(encoded, **options), crop, size, same_size=False)
+        return fn.resize(draws.decode_part(encoded, crop, **options), size=(size, size))
+    return _fixed_crop(fn.decoders.image(encoded, **options), crop, size, draws, same_size=False)
 
 
-def crop_pixels(pixels: DataNode, crop: Crop, size: int, same_size: bool) -> DataNode:
+def crop_pixels(pixels: DataNode, crop: Crop, size: int, draws: Draws, same_size: bool) -> DataNode:
     """From H x W x 3 bytes to S x S x 3 bytes; `same_size` says that H = W = S already."""
     if isinstance(crop, RandomResizedCrop):
-        return fn.random_resized_crop(
-            pixels, size=(size, size), random_area=crop.area, random_aspect_ratio=crop.aspect_ratio
-        )
-    return _fixed_crop(pixels, crop, size, same_size)
+        return draws.resized_part(pixels, crop, size)
+    return _fixed_crop(pixels, crop, size, draws, same_size)
 
 
-def _fixed_crop(pixels: DataNode, crop: PaddedCrop | CenterCrop, size: int, same_size: bool) -> DataNode:
+def _fixed_crop(
+    pixels: DataNode, crop: PaddedCrop | CenterCrop, size: int, draws: Draws, same_size: bool
+) -> DataNode:
     resize = crop.resize if isinstance(crop, CenterCrop) else size
     if not (same_size and resize == size):
         pixels = _resize_and_center_crop(pixels, resize, size)
     if isinstance(crop, CenterCrop):
         return pixels
-    shifts = [float(shift) for shift in range(-crop.padding, crop.padding + 1)]
     return fn.slice(
         pixels,
-        start=fn.random.uniform(values=shifts, shape=2, dtype=types.INT32),
+        start=draws.shift(crop.padding),
         shape=(size, size),
         axes=(0, 1),
         out_of_bounds_policy="pad",
@@ -96,47 +91,25 @@ def _resize_and_center_crop(images: DataNode, resize: int, size: int) -> DataNod
     return fn.resize(images, size=(size, size), roi_start=start * scale, roi_end=(start + size) * scale)
 
 
-def auto_augment(images: DataNode, augment: RandAugment | TrivialAugment | None, size: int) -> DataNode:
-    """With torchvision's defaults: nearest pixel, black moves in, the same ranges of strength."""
-    options = {"fill_value": 0, "interp_type": types.INTERP_NN}
-    if isinstance(augment, RandAugment):
-        images = rand_augment.rand_augment(
-            images,
-            n=augment.operations,
-            m=augment.magnitude,
-            shape=(size, size),
-            max_translate_rel=150 / 331,
-            **options,
-        )
-    elif isinstance(augment, TrivialAugment):
-        images = trivial_augment.trivial_augment_wide(images, max_translate_abs=32, **options)
-    return images
-
-
-def color_jitter(images: DataNode, jitter: ColorJitter) -> DataNode:
+def color_jitter(images: DataNode, jitter: ColorJitter, draws: Draws) -> DataNode:
     """Brightness, contrast, saturation and hue in this order (torchvision shuffles them)."""
     if jitter.brightness:
-        images = fn.brightness(images, brightness=_factor(jitter.brightness))
+        images = fn.brightness(images, brightness=draws.factor("brightness", jitter.brightness))
     if jitter.contrast:
         grey = fn.color_space_conversion(images, image_type=types.RGB, output_type=types.GRAY)
         # Not `fn.contrast`: its centre must lie in the CPU's memory, wherever the images are.
         centre = fn.reductions.mean(grey)
-        images = fn.cast_like(centre + (images - centre) * _factor(jitter.contrast), images)
+        images = fn.cast_like(centre + (images - centre) * draws.factor("contrast", jitter.contrast), images)
     if jitter.saturation:
-        images = fn.saturation(images, saturation=_factor(jitter.saturation))
+        images = fn.saturation(images, saturation=draws.factor("saturation", jitter.saturation))
     if jitter.hue:
-        turns = fn.random.uniform(range=(-360 * jitter.hue, 360 * jitter.hue))
-        images = fn.hue(images, hue=turns)
+        images = fn.hue(images, hue=draws.turn(jitter.hue))
     return images
 
 
-def _factor(strength: float) -> DataNode:
-    return fn.random.uniform(range=(max(0.0, 1 - strength), 1 + strength))
-
-
-def normalize(images: DataNode, preprocessing: Preprocessing) -> DataNode:
+def normalize(images: DataNode, preprocessing: Preprocessing, draws: Draws) -> DataNode:
     """Flipped at random, (x / 255 - mean) / std; bfloat16, which DALI does not know, comes as float32."""
-    mirror = fn.random.coin_flip() if preprocessing.flip else 0
+    mirror = draws.mirror() if preprocessing.flip else 0
     layout = "HWC" if preprocessing.channels_last else "CHW"
     if preprocessing.dtype == torch.uint8:
         return fn.crop_mirror_normalize(images, mirror=mirror, output_layout=layout, dtype=types.UINT8)

@@ -12,6 +12,7 @@ from kdav_fast.data.image_set import ImageSet
 from kdav_fast.data.order import EpochOrder
 from kdav_fast.data.preprocessing import Preprocessing
 from kdav_fast.data.rotation import rotations
+from kdav_fast.data.view_parameters import ViewSource
 from kdav_fast.data.views import Order, Rotations, Shuffled
 from kdav_fast.errors import InputError
 
@@ -38,6 +39,7 @@ class EpochLoader(ABC):
         rank, world: this rank and how many there are.
         on_reshard: what a state of another batch size or number of ranks means: an error, or its epoch from
             the beginning.
+        views: the fixed views of the images, in which alone they are shown. Default: augmentation without end.
     """
 
     name: ClassVar[str]
@@ -57,6 +59,7 @@ class EpochLoader(ABC):
         rank: int = 0,
         world: int = 1,
         on_reshard: Literal["refuse", "restart_epoch"] = "refuse",
+        views: ViewSource | None = None,
     ) -> None:
         self.images = images
         self.preprocessing = preprocessing
@@ -65,8 +68,16 @@ class EpochLoader(ABC):
         self.on_reshard = on_reshard
         self.order = order
         self.batch_size = batch_size
+        self.views = views
         self._epochs = EpochOrder(
-            images.labels, batch_size, shuffle=shuffle, order=order, seed=seed, rank=rank, world=world
+            images.labels,
+            batch_size,
+            shuffle=shuffle,
+            order=order,
+            seed=seed,
+            rank=rank,
+            world=world,
+            views=views and views.count,
         )
         self.batches_per_epoch = self._epochs.batches
         self.images_per_epoch = len(images)
@@ -87,8 +98,12 @@ class EpochLoader(ABC):
         self._iterators += 1
         mine = self._iterators
         places = self._epochs.places(self._epoch)
+        loaded = self._epochs.images_to_load(self._epoch) if self.views else None
         for images in self._rest_of_epoch(self._epoch, self._handed_out):
             batch = self._batch(images, places[self._handed_out])
+            if loaded is not None:
+                view = self._epochs.views_to_show(self._epoch, loaded[self._handed_out])
+                batch = batch._replace(view=self._delivered(torch.from_numpy(view)))
             # Before it is handed out: a state taken while it is in use counts it as seen.
             self._handed_out += 1
             if self._handed_out == self.batches_per_epoch:
@@ -112,7 +127,7 @@ class EpochLoader(ABC):
                 `on_reshard` allows it, of another batch size, rank or rank count; the position is then unchanged.
         """
         resharded = False
-        for key, here in self._identity().items():
+        for key, here in ({"views": None} | self._identity()).items():
             saved = state.get(key)
             if saved == here:
                 continue
@@ -149,6 +164,7 @@ class EpochLoader(ABC):
             "shuffle": self._epochs.shuffle,
             "order": repr(self.order),
             "preprocessing": repr(self.preprocessing),
+            **({"views": self.views.count} if self.views else {}),
         }
 
     def _batch(self, images: torch.Tensor, places: np.ndarray) -> Batch:
@@ -156,12 +172,13 @@ class EpochLoader(ABC):
         index = torch.from_numpy(self._epochs.images_at(places))
         valid = torch.from_numpy(self._epochs.valid(places))
         fields = (images, self._labels[index], valid, index)
-        if self.device.type == "cuda":
-            fields = (
-                field if field.is_cuda else field.pin_memory().to(self.device, non_blocking=True)
-                for field in fields
-            )
-        images, labels, valid, index = fields
+        images, labels, valid, index = map(self._delivered, fields)
         if isinstance(self.order, Rotations):
             images = rotations(images, self.order.count)
         return Batch(images, labels, valid, index, views=self.order.count)
+
+    def _delivered(self, field: torch.Tensor) -> torch.Tensor:
+        """On the loader's device; the host does not wait."""
+        if self.device.type != "cuda" or field.is_cuda:
+            return field
+        return field.pin_memory().to(self.device, non_blocking=True)

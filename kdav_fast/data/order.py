@@ -5,6 +5,7 @@ from itertools import count
 
 import numpy as np
 
+from kdav_fast.data.view_order import ViewOrder
 from kdav_fast.data.views import ClassPairs, Order, Shuffled
 
 _PARTNERS = 1  # random stream of an epoch, beside that of its order
@@ -28,6 +29,7 @@ class EpochOrder:
         order: which images are seen together.
         seed: of order and pairs; the same on every rank.
         rank, world: this rank and W, how many there are.
+        views: how many fixed views an image has, if it has.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class EpochOrder:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        views: int | None = None,
     ) -> None:
         self.images, self.batch_size = len(labels), batch_size
         self.shuffle, self.order, self.seed = shuffle, order, seed
@@ -52,6 +55,7 @@ class EpochOrder:
         )
         self._image_at = np.concatenate([np.arange(self.images), repeated])
         self._partners = _Partners(labels) if isinstance(order, ClassPairs) else None
+        self._views = views and ViewOrder(views, order.loaded, shuffle=shuffle, seed=seed)
 
     @property
     def rows(self) -> int:
@@ -85,8 +89,20 @@ class EpochOrder:
 
     def upcoming(self, epoch: int, first: int) -> Iterator[np.ndarray]:
         """The images to load for every batch from number `first` of an epoch on, over the epochs' ends, without end."""
+        return (images for _, images in self._upcoming(epoch, first))
+
+    def upcoming_views(self, epoch: int, first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same where images have fixed views, each batch with those to show."""
+        return ((images, self.views_to_show(later, images)) for later, images in self._upcoming(epoch, first))
+
+    def views_to_show(self, epoch: int, images: np.ndarray) -> np.ndarray | None:
+        """The fixed view of each of a batch's images to load; None where they have none."""
+        return self._views and self._views.shown(epoch, images)
+
+    def _upcoming(self, epoch: int, first: int) -> Iterator[tuple[int, np.ndarray]]:
         for later in count(epoch):
-            yield from self.images_to_load(later)[first:]
+            for images in self.images_to_load(later)[first:]:
+                yield later, images
             first = 0
 
 

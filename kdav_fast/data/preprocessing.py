@@ -1,7 +1,7 @@
 """What happens between a decoded image and the network: one description that every loader implements."""
 
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 
@@ -54,6 +54,8 @@ class RandAugment:
 @dataclass(frozen=True)
 class TrivialAugment:
     """One random operation of random strength, of the wide space (arXiv 2103.10158)."""
+
+    operations: ClassVar[int] = 1
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from operator import itemgetter
 
 import numpy as np
 
 from kdav_fast.data import reading_process
 from kdav_fast.data.image_set import EncodedImages
-from kdav_fast.data.reading_process import MESSAGE, Slab, pack_request
+from kdav_fast.data.reading_process import MESSAGE, Slab, pack_request, table_columns
 from kdav_fast.errors import RankLostError
 from kdav_fast.runtime.interrupts import STOP_SIGNALS
 
@@ -44,7 +45,25 @@ def read_ahead(
         OSError: an image cannot be read, when its batch is asked for.
         ReaderLostError: the process is gone.
     """
-    reader = _Reader()
+    # Not a generator: what it handed out last would lie in memory that is not used again.
+    return map(itemgetter(0), _answers(batches, images, depth, measure=False))
+
+
+def read_and_measure(
+    batches: Iterable[np.ndarray], images: EncodedImages, depth: int
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    """The same, and how large the images are as their headers say: B x 2 int64, height and width.
+
+    Raises:
+        OSError: also if a header does not say it.
+    """
+    return _answers(batches, images, depth, measure=True)
+
+
+def _answers(
+    batches: Iterable[np.ndarray], images: EncodedImages, depth: int, measure: bool
+) -> Iterator[tuple[list[np.ndarray], np.ndarray]]:
+    reader = _Reader(measure)
     for batch in batches:
         reader.ask(images, batch)
         if reader.asked > depth:
@@ -54,9 +73,10 @@ def read_ahead(
 
 
 class _Reader:
-    """A process that reads."""
+    """A process that reads, and looks up sizes if it shall measure."""
 
-    def __init__(self) -> None:
+    def __init__(self, measure: bool) -> None:
+        self._measure = measure
         self._creator = os.getpid()
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The signals that stop a run are for the run, which may ask for more batches until it has saved its state.
@@ -87,7 +107,7 @@ class _Reader:
         new = not self._free
         number, slab = self._new_slab() if new else self._free.popleft()
         places = images.places(batch)
-        request = pack_request(places.paths, places.starts.tobytes(), places.sizes.tobytes())
+        request = pack_request(places.paths, places.starts.tobytes(), places.sizes.tobytes(), self._measure)
         slab.first(len(request))[:] = request
         message = MESSAGE.pack(number, len(request))
         try:
@@ -97,8 +117,8 @@ class _Reader:
             raise self._lost() from None
         self._asked.append((number, slab, len(batch)))
 
-    def answer(self) -> list[np.ndarray]:
-        """The contents of the batch that was asked for first."""
+    def answer(self) -> tuple[list[np.ndarray], np.ndarray]:
+        """The contents of the batch that was asked for first, and the sizes of its images: B x 2, or B x 0."""
         self._refuse_forks()
         try:
             message = self._channel.recv(MESSAGE.size)
@@ -114,8 +134,10 @@ class _Reader:
         whole = np.frombuffer(slab.first(length), np.uint8)
         # Each content's base. It dies when the last of them does.
         weakref.finalize(whole, self._free.append, (number, slab)).atexit = False
-        table = whole[: 16 * count].view(np.int64).tolist()
-        return [whole[start:end] for start, end in zip(table[::2], table[1::2], strict=True)]
+        columns = table_columns(self._measure)
+        table = whole[: 8 * columns * count].view(np.int64).reshape(count, columns)
+        # A copy: a view of the sizes would keep the slab from being used again.
+        return [whole[start:end] for start, end in table[:, :2].tolist()], table[:, 2:].copy()
 
     def _refuse_forks(self) -> None:
         """What a fork takes out of the channel, its parent would miss."""

@@ -32,7 +32,7 @@ _LOOK = (
     5000  # milliseconds between two looks for the other process; a fork of it may hold its end of the socket
 )
 _LEAST = 2**20  # bytes of a slab
-_COUNT = struct.Struct("=q")
+_REQUEST = struct.Struct("=qq")  # images; whether their sizes are wanted
 # Of JPEG and PNG, which DALI decodes as they are.
 _PLAIN = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")
 
@@ -62,9 +62,15 @@ class Slab:
         return self._bytes[:length]
 
 
-def pack_request(paths: Sequence[str], starts: bytes, sizes: bytes) -> bytes:
-    """What to read for a batch of N images: files, first bytes, and sizes (-1: to the end), as N int64 each."""
-    return _COUNT.pack(len(paths)) + starts + sizes + os.fsencode("\0".join(paths))
+def pack_request(paths: Sequence[str], starts: bytes, sizes: bytes, measure: bool) -> bytes:
+    """What to read for a batch of N images: files, first bytes, and sizes (-1: to the end), as N int64 each; and
+    whether to look up how high and wide they are."""
+    return _REQUEST.pack(len(paths), measure) + starts + sizes + os.fsencode("\0".join(paths))
+
+
+def table_columns(measure: bool) -> int:
+    """Of an answer's table, int64: start and end of each content in it, and height and width of the image."""
+    return 4 if measure else 2
 
 
 def open_range(path: bytes | str, size: int) -> tuple[int, int]:
@@ -103,18 +109,19 @@ def too_short(path: bytes | str) -> OSError:
 
 
 class _Batch:
-    """The contents of a batch's images in a slab, one behind the other after a table of starts and ends."""
+    """The contents of a batch's images in a slab, one behind the other after a table of where they are."""
 
     def __init__(self, slab: Slab, length: int) -> None:
         request = bytes(slab.first(length))
-        (count,) = _COUNT.unpack_from(request)
-        paths = _COUNT.size + 16 * count
-        numbers = array("q", request[_COUNT.size : paths])
+        count, self._measure = _REQUEST.unpack_from(request)
+        paths = _REQUEST.size + 16 * count
+        numbers = array("q", request[_REQUEST.size : paths])
         self._starts, self._sizes = numbers[:count], numbers[count:]
         self._paths = request[paths:].split(b"\0")
         self._slab = slab
-        self._table = array("q", bytes(16 * count))
-        self._used = 16 * count
+        self._columns = table_columns(self._measure)
+        self._table = array("q", bytes(8 * self._columns * count))
+        self._used = 8 * len(self._table)
         self._taking = threading.Lock()
         self.odd: list[int] = []
 
@@ -137,23 +144,39 @@ class _Batch:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
-        self._table[2 * number : 2 * number + 2] = array("q", (at, at + got))
+        self._enter(number, at, at + got)
         if not content[:8].tobytes().startswith(_PLAIN):
             self.odd.append(number)
 
     def convert(self, number: int, convert: Callable) -> None:
         """Replace one image's bytes by what `convert` makes of them."""
-        start, end = self._table[2 * number : 2 * number + 2]
-        content = self._slab.first(end)[start:]
-        if (packed := convert(content)) is not None:
+        if (packed := convert(self._content(number))) is not None:
             at, room = self._take(len(packed))
             room[:] = packed
-            self._table[2 * number : 2 * number + 2] = array("q", (at, at + len(packed)))
+            self._enter(number, at, at + len(packed))
+
+    def measure(self, size_of: Callable[[memoryview], tuple[int, int] | None]) -> None:
+        """Enter the height and width of every image, if they are wanted."""
+        for number in range(len(self) if self._measure else 0):
+            size = size_of(self._content(number))
+            if size is None:
+                raise OSError(
+                    errno.EINVAL, "its header does not say how large the image is", self._paths[number]
+                )
+            self._enter(number, *size, column=2)
 
     def finish(self) -> int:
         """Write the table: how many bytes of the slab are in use."""
         self._slab.first(len(self._table) * 8)[:] = self._table.tobytes()
         return self._used
+
+    def _content(self, number: int) -> memoryview:
+        start, end = self._table[self._columns * number : self._columns * number + 2]
+        return self._slab.first(end)[start:]
+
+    def _enter(self, number: int, one: int, other: int, column: int = 0) -> None:
+        at = self._columns * number + column
+        self._table[at], self._table[at + 1] = one, other
 
     def _take(self, size: int) -> tuple[int, memoryview]:
         """Room for some bytes, and where it is."""
@@ -168,10 +191,11 @@ class _Server:
     Args:
         channel: to the other process.
         search_path: its `sys.path`.
+        size_of: height and width of the image in a file's bytes.
     """
 
-    def __init__(self, channel: socket.socket, search_path: list[str]) -> None:
-        self._channel, self._search_path = channel, search_path
+    def __init__(self, channel: socket.socket, search_path: list[str], size_of: Callable) -> None:
+        self._channel, self._search_path, self._size_of = channel, search_path, size_of
         self._slabs: dict[int, Slab] = {}
         self._pool = None
         self._convert: Callable | None = None
@@ -209,6 +233,7 @@ class _Server:
         if batch.odd:
             convert = self._converter()
             self._together(lambda number: batch.convert(number, convert), batch.odd)
+        batch.measure(self._size_of)
         return batch.finish()
 
     def _abandoned(self) -> bool:
@@ -248,8 +273,13 @@ class _Server:
 
 def main(parent: int, search_path: list[str]) -> None:
     """Serve the process that is at the other end of the standard input, until it ends."""
+    # The package would bring NumPy along, which takes longer to load than all else.
+    sys.path.append(__file__.rpartition("/")[0])
+    from image_header import size_in_header
+
+    sys.path.pop()
     channel = socket.socket(fileno=0)
-    server = _Server(channel, search_path)
+    server = _Server(channel, search_path, size_in_header)
     coming = select.poll()
     coming.register(channel, select.POLLIN)
     with suppress(ConnectionError):

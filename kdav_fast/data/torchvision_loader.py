@@ -9,28 +9,23 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import v2
 
 from kdav_fast.data.checks.scan import decoding_defects, defects_error
 from kdav_fast.data.epoch_loader import EpochLoader
 from kdav_fast.data.formats import rgb
 from kdav_fast.data.image_set import EncodedImages, PixelImages
-from kdav_fast.data.preprocessing import (
-    CenterCrop,
-    ColorJitter,
-    PaddedCrop,
-    Preprocessing,
-    RandAugment,
-    RandomResizedCrop,
-    TrivialAugment,
-)
+from kdav_fast.data.order import EpochOrder
+from kdav_fast.data.preprocessing import Preprocessing
+from kdav_fast.data.torchvision_transform import transform
+from kdav_fast.data.torchvision_views import show
+from kdav_fast.data.view_parameters import ViewSource
 
 
 class TorchvisionLoader(EpochLoader):
     """Decodes in worker processes, for clarity and not for speed.
 
-    An image's augmentation follows from (seed, epoch, place, view), so the position in the epoch is the whole state
-    and the number of workers changes nothing. See `EpochLoader` for arguments.
+    An image's augmentation follows from (seed, epoch, place, view), or from its fixed view, so the position in the
+    epoch is the whole state and the number of workers changes nothing. See `EpochLoader` for arguments.
     """
 
     name = "torchvision"
@@ -40,7 +35,11 @@ class TorchvisionLoader(EpochLoader):
         if self._loader is None:
             self._loader = self._build()
         places, positions = self._epochs.places(epoch)[first:], self._epochs.images_to_load(epoch)[first:]
-        self._loader.batch_sampler.batches = _as_rows(self._epochs.seed, epoch, places, positions)
+        self._loader.batch_sampler.batches = (
+            _as_views(self._epochs, epoch, positions)
+            if self.views
+            else _as_rows(self._epochs.seed, epoch, places, positions)
+        )
         loaded = iter(self._loader)
         for batch in positions:
             try:
@@ -63,7 +62,7 @@ class TorchvisionLoader(EpochLoader):
         # discarded DALI pipeline does: they run in the parent only.
         gc.collect()
         return DataLoader(
-            _Images(self.images, self.preprocessing),
+            _Images(self.images, self.preprocessing, self.views),
             batch_sampler=_Batches(),
             collate_fn=_Collate(self.preprocessing.channels_last),
             num_workers=self.workers,
@@ -73,8 +72,8 @@ class TorchvisionLoader(EpochLoader):
         )
 
 
-_Row = tuple[int, tuple[int, ...]]
-"""An image's position in the split, and what seeds its augmentation."""
+_Row = tuple[int, tuple[int, ...] | int]
+"""An image's position in the split, and what seeds its augmentation, or which of its fixed views it is."""
 
 
 def _as_rows(seed: int, epoch: int, places: np.ndarray, positions: np.ndarray) -> Iterator[list[_Row]]:
@@ -85,6 +84,12 @@ def _as_rows(seed: int, epoch: int, places: np.ndarray, positions: np.ndarray) -
         for view in range(1, len(shown) // len(batch)):
             seeds += [(seed, epoch, place, view) for place in batch.tolist()]
         yield list(zip(shown.tolist(), seeds, strict=True))
+
+
+def _as_views(epochs: EpochOrder, epoch: int, positions: np.ndarray) -> Iterator[list[_Row]]:
+    """The rows of every batch where images have fixed views."""
+    for batch in positions:
+        yield list(zip(batch.tolist(), epochs.views_to_show(epoch, batch).tolist(), strict=True))
 
 
 class _Batches:
@@ -100,65 +105,30 @@ class _Batches:
 
 
 class _Images(Dataset):
-    def __init__(self, images: EncodedImages | PixelImages, preprocessing: Preprocessing) -> None:
-        self._images = images
+    def __init__(
+        self, images: EncodedImages | PixelImages, preprocessing: Preprocessing, views: ViewSource | None
+    ) -> None:
+        self._images, self._preprocessing, self._views = images, preprocessing, views
         self._transform = transform(preprocessing)
 
     def __getitem__(self, row: _Row) -> torch.Tensor:
-        position, entropy = row
+        position, _ = row
+        if isinstance(self._images, PixelImages):
+            return self._augmented(Image.fromarray(self._images.pixels[position].numpy()), row)
+        with self._images.open(position) as file, Image.open(file) as image:
+            return self._augmented(rgb(image), row)
+
+    def _augmented(self, image: Image.Image, row: _Row) -> torch.Tensor:
+        position, drawn_from = row
+        if self._views is not None:
+            sizes = np.array([[image.height, image.width]])
+            parameters = self._views.parameters(np.array([position]), np.array([drawn_from]), sizes)
+            return show(image, self._preprocessing, parameters)
         # torchvision draws from the worker's default generator. (`torch.manual_seed` would also queue a
         # seed for every CUDA device, each time.)
-        seed = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        seed = np.random.SeedSequence(drawn_from).generate_state(1, np.uint64)[0]
         torch.default_generator.manual_seed(int(seed))
-        if isinstance(self._images, PixelImages):
-            return self._transform(Image.fromarray(self._images.pixels[position].numpy()))
-        with self._images.open(position) as file, Image.open(file) as image:
-            return self._transform(rgb(image))
-
-
-def transform(preprocessing: Preprocessing) -> v2.Compose:
-    """From a PIL image to the network's input."""
-    steps = [
-        *_crop(preprocessing),
-        *_augment(preprocessing.augment),
-        *_jitter(preprocessing.jitter),
-        *([v2.RandomHorizontalFlip()] if preprocessing.flip else []),
-        v2.PILToTensor(),
-    ]
-    if preprocessing.dtype != torch.uint8:
-        steps += [
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(preprocessing.mean, preprocessing.std),
-            v2.ToDtype(preprocessing.dtype),
-        ]
-    return v2.Compose(steps)
-
-
-def _crop(preprocessing: Preprocessing) -> list[v2.Transform]:
-    size = preprocessing.size
-    match preprocessing.crop:
-        case RandomResizedCrop(area, aspect_ratio):
-            return [v2.RandomResizedCrop(size, area, aspect_ratio)]
-        case PaddedCrop(padding):
-            return [v2.Resize(size), v2.CenterCrop(size), v2.RandomCrop(size, padding)]
-        case CenterCrop(resize):
-            return [v2.Resize(resize), v2.CenterCrop(size)]
-
-
-def _augment(augment: RandAugment | TrivialAugment | None) -> list[v2.Transform]:
-    match augment:
-        case RandAugment(operations, magnitude):
-            return [v2.RandAugment(operations, magnitude)]
-        case TrivialAugment():
-            return [v2.TrivialAugmentWide()]
-        case None:
-            return []
-
-
-def _jitter(jitter: ColorJitter | None) -> list[v2.Transform]:
-    if jitter is None:
-        return []
-    return [v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)]
+        return self._transform(image)
 
 
 class _Collate:

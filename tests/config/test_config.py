@@ -122,6 +122,13 @@ def test_another_distiller_drops_the_keys_of_the_first(tmp_path):
             "data.eval_resize is 16; it must be at least data.image_size (32)",
         ),
         (["data.image_size=1"], "data.image_size"),
+        (["data.views=0"], "'data.views' is 0"),
+        (
+            ["data.crop=none", "data.views=3"],
+            "data.views is 3; with data.crop 'none' and neither automatic augmentation nor colour jitter an image has "
+            "two views, as it is and mirrored; give 2, drop data.views, or augment more",
+        ),
+        (["data.crop=none", "data.flip=false", "data.views=2"], "has no other view than itself; give 1"),
         (
             [
                 "teacher.name=cifar:resnet8",

@@ -71,6 +71,18 @@ def test_another_training_loader_is_independent_and_the_same_each_time(loader):
         assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize("resident", [False, True])
+def test_all_training_loaders_show_the_same_fixed_views(resident):
+    """And no other loader has any."""
+    sets = build(crop="random_resized", views=2, resident=resident, train_subset=50, workers=1)
+    seen = {}
+    for batch in (*sets.train, *sets.training(), *sets.train):
+        for image, view, pixels in zip(batch.index.tolist(), batch.view.tolist(), batch.images, strict=True):
+            assert torch.equal(seen.setdefault((image, view), pixels), pixels)
+    assert len(seen) == 100
+    assert [next(iter(one)).view for one in (sets.evaluation, sets.measure())] == [None, None]
+
+
 def test_subset_and_own_root(tmp_path):
     sets = build(loader="torchvision", root=tmp_path / "digits", train_subset=100)
     assert sets.train.images_per_epoch == sets.measure().images_per_epoch == 100
