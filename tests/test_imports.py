@@ -110,7 +110,10 @@ def test_kernels_need_torch_and_triton_only():
     [
         # Of the two in train/, one runs it and one holds a user's settings against its schema.
         ("deepspeed", {"train.engine.engine", "train.engine.file"}),
-        ("nvidia", {"data.dali", "data.dali_graph", "data.cpu_decoder", "doctor.decoding"}),
+        (
+            "nvidia",
+            {"data.dali", "data.dali_draws", "data.dali_graph", "data.cpu_decoder", "doctor.decoding"},
+        ),
     ],
 )
 def test_few_files_know_of_a_package(package, files):
