@@ -214,7 +214,7 @@ def _most_of_l2(device: torch.device) -> int:
 
 def _multiply(out: Tensor, left: Tensor, right: Tensor, *, add: bool = False) -> None:
     """out (+)= left @ right, summed in out's dtype, which may be wider than theirs."""
-    if out.device.type != "cuda":  # Triton's interpreter: the library for CPUs has no product that widens
+    if out.device.type == "cpu":  # Triton's interpreter: the library for CPUs has no product that widens
         left, right = left.to(out.dtype), right.to(out.dtype)
     if left.dtype == out.dtype:
         torch.addmm(out, left, right, beta=int(add), out=out)
