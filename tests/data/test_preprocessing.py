@@ -13,6 +13,7 @@ from scipy.stats import ks_2samp
 
 from kdav_fast.config import DataConfig
 from kdav_fast.data.dali import DaliLoader
+from kdav_fast.data.dali_draws import OwnDraws
 from kdav_fast.data.dali_graph import decode_and_crop
 from kdav_fast.data.image_set import PixelImages
 from kdav_fast.data.preprocessing import (
@@ -193,7 +194,7 @@ def test_the_gpu_s_graph_resamples_alike(make_split, make_loader, crop):
     @pipeline_def(batch_size=4, num_threads=1, device_id=None)
     def graph():
         encoded = fn.external_source(lambda: [folder.read(i) for i in range(4)], dtype=types.UINT8)
-        return decode_and_crop(encoded, crop, 32, "cpu")
+        return decode_and_crop(encoded, crop, 32, OwnDraws(), "cpu")
 
     pipeline = graph()
     pipeline.build()
