@@ -39,7 +39,6 @@ from rich.table import Table
 from tqdm import tqdm
 
 from kdav_fast.config import Config, load_config
-from kdav_fast.errors import InputError
 from kdav_fast.runtime.files import write_whole
 
 RECIPES = Path(__file__).parent.parent / "launch"
@@ -343,14 +342,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
-    options = parser.parse_args()
-    try:
-        compare(options)
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
+    make_parser().run(compare, goes_on=True)
 
 
 if __name__ == "__main__":

@@ -4,12 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import torch
 
 from kdav_fast.errors import InputError
 
+Result = TypeVar("Result")
 RESULT_FOLDER = Path(__file__).resolve().parent / "results"
 
 
@@ -18,6 +19,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
+
+    def run(self, function: Callable[[argparse.Namespace], Result], *, goes_on: bool = False) -> Result:
+        """Read the command line and do what it says.
+
+        Args:
+            function: what is given the options; an `InputError` of it ends the program.
+            goes_on: the same command goes on where it was interrupted.
+        """
+        options = self.parse_args()
+        try:
+            return function(options)
+        except InputError as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            more = "; the same command goes on" if goes_on else ""
+            self.exit(130, f"{self.prog}: interrupted{more}\n")
 
 
 def positive(kind: type) -> Callable[[str], float]:

@@ -373,12 +373,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
-    options = parser.parse_args()
-    try:
-        run(options)
-    except InputError as error:
-        parser.error(str(error))
+    make_parser().run(run)
 
 
 if __name__ == "__main__":

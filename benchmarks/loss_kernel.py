@@ -28,7 +28,6 @@ from timing import ceilings, interleaved, once, peak_extra_bytes, warn_if_noisy,
 from torch import Tensor
 
 from kdav_fast import kdav_loss
-from kdav_fast.errors import InputError
 
 SETTINGS = {"kappa_student": 10.0, "kappa_teacher": 10.0, "temperature": 1.0}
 PASSES = ("full", "backward", "forward")
@@ -361,11 +360,7 @@ def main() -> None:
     add("--seconds", type=positive(float), default=1.0, help="for one pass of one shape, all implementations")
     add("--json", type=Path, help="result (benchmarks/results/loss_kernel_DEVICE.json)")
     add("--plot", type=Path, help="picture (beside the result)")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except InputError as error:
-        parser.error(str(error))
+    parser.run(run)
 
 
 if __name__ == "__main__":

@@ -126,14 +126,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
-    options = parser.parse_args()
-    try:
-        compare(options)
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
+    make_parser().run(compare, goes_on=True)
 
 
 if __name__ == "__main__":

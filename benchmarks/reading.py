@@ -47,7 +47,6 @@ from kdav_fast.data.formats import for_dali
 from kdav_fast.data.image_set import EncodedImages
 from kdav_fast.data.preprocessing import RandomResizedCrop
 from kdav_fast.data.read_ahead import read_ahead
-from kdav_fast.errors import InputError
 
 AHEAD = 2  # batches, as in the loader
 TARGET = 15_000
@@ -407,12 +406,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
-    options = parser.parse_args()
-    try:
-        run(options)
-    except InputError as error:
-        parser.error(str(error))
+    make_parser().run(run)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ import argparse
 from pathlib import Path
 
 from command_line import RESULT_FOLDER, Parser
+from method_accuracy_results import trained_as
+from method_cost_results import said_of
 from summary_compare import compare
-from summary_pages import costs_markdown, html_page, markdown, reaches_markdown
+from summary_pages import html_page, markdown, table_markdown
 from summary_results import ONLY_GPU, RESULTS, read_results
 from summary_targets import all_targets
 
@@ -65,7 +67,11 @@ def run(options: argparse.Namespace) -> None:
     methods = options.page.with_name(METHODS)
     if methods.exists():
         pages[methods] = replaced(
-            methods, {"costs": costs_markdown(results), "reaches": reaches_markdown(results)}
+            methods,
+            {
+                "costs": table_markdown(results, "method_costs", said_of),
+                "reaches": table_markdown(results, "method_accuracy", trained_as),
+            },
         )
     try:
         (options.results / "summary.md").write_text(summary, encoding="utf-8")
@@ -86,11 +92,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULT_FOLDER, help="folder (benchmarks/results)")
     parser.add_argument("--page", type=Path, default=page, help="Markdown (docs/benchmarks.md)")
     parser.add_argument("--compare", type=Path, metavar="OLD_FOLDER", help="results to compare with")
-    options = parser.parse_args()
-    try:
-        run(options)
-    except InputError as error:
-        parser.error(str(error))
+    parser.run(run)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The summary's two forms: Markdown for `docs/benchmarks.md`, and a page that opens offline."""
 
 import base64
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
-from method_accuracy_results import trained_as
-from method_cost_results import said_of
 from summary_results import Result, Table
 from summary_targets import Target
 from timing import NOISE_LIMIT
@@ -57,22 +56,18 @@ def markdown(results: list[Result], targets: list[Target], missing: list[str]) -
     return "\n\n".join(parts) + "\n"
 
 
-def costs_markdown(results: list[Result]) -> str:
-    """What method_costs.py measured, a table for each device; empty where it has not."""
+def table_markdown(results: list[Result], benchmark: str, said: Callable[[dict], str]) -> str:
+    """The tables of a benchmark's results for another page, one device after another; empty where there are none.
+
+    Args:
+        results: of all benchmarks.
+        benchmark: whose.
+        said: from a result, what was measured in a line.
+    """
     parts = []
     for result in results:
-        if result.benchmark == "method_costs":
-            parts.append(f"{said_of(result.data)}, {result.environment['date']}:")
-            parts += [_markdown_table(table.head, table.rows) for table in result.tables]
-    return "\n\n".join(parts)
-
-
-def reaches_markdown(results: list[Result]) -> str:
-    """What method_accuracy.py measured, a table for each device; empty where it has not."""
-    parts = []
-    for result in results:
-        if result.benchmark == "method_accuracy":
-            parts.append(f"{trained_as(result.data)}, {result.environment['date']}:")
+        if result.benchmark == benchmark:
+            parts.append(f"{said(result.data)}, {result.environment['date']}:")
             parts += [_markdown_table(table.head, table.rows) for table in result.tables]
     return "\n\n".join(parts)
 

@@ -261,15 +261,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
-    options = parser.parse_args()
-    try:
-        with tempfile.TemporaryDirectory(prefix="training_step_") as folder:
-            run(options, Path(folder))
-    except InputError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted; the same command goes on\n")
+    with tempfile.TemporaryDirectory(prefix="training_step_") as folder:
+        make_parser().run(partial(run, folder=Path(folder)), goes_on=True)
 
 
 if __name__ == "__main__":
