@@ -42,7 +42,8 @@ def read_config(
     published = take_published(raw)
     if published:
         settings = ", ".join(f"{key}={written(value)}" for key, value in flat(published).items())
-        say(f"as published for '{raw['distiller']['name']}': {settings} ({KEY}=null leaves it out)")
+        method = raw.get("distiller", {}).get("name", "none")
+        say(f"as published for '{method}': {settings} ({KEY}=null leaves it out)")
         lay_over(raw, published)
         # Once more, now that there is something to override. The method has been chosen.
         again = [one for one in overrides if not one.startswith(("distiller.name=", KEY))]

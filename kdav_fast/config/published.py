@@ -9,9 +9,11 @@ It is no part of a run's config. What stands there of the run's method is laid o
 from typing import Any
 
 from kdav_fast.config.method import method_names
+from kdav_fast.config.run import Sections
 from kdav_fast.errors import InputError, shown
 
 KEY = "published"
+_SECTIONS = tuple(name for name in Sections.model_fields if name not in ("run_dir", "device"))
 
 
 def take_published(raw: dict[str, Any]) -> dict[str, Any]:
@@ -37,9 +39,22 @@ def take_published(raw: dict[str, Any]) -> dict[str, Any]:
             raise InputError(
                 f"'{KEY}.{method}' is {shown(sections)}; give the sections that differ, {{}} for none"
             )
-    distiller = raw.get("distiller")
-    name = distiller.get("name") if isinstance(distiller, dict) else None
+        _check_entry(method, sections)
+    distiller = raw.get("distiller", {})
+    name = distiller.get("name", "none") if isinstance(distiller, dict) else None
     return block.get(name, {}) if isinstance(name, str) else {}
+
+
+def _check_entry(method: str, sections: dict[str, Any]) -> None:
+    """What the sections hold, the config's own checks look at once they are laid over."""
+    for section, values in sections.items():
+        place = f"{KEY}.{method}.{section}"
+        if section not in _SECTIONS:
+            raise InputError(f"'{place}' is no section; allowed: {', '.join(_SECTIONS)}")
+        if not isinstance(values, dict):
+            raise InputError(f"'{place}' is {shown(values)}; give the keys that differ, with their values")
+        if section == "distiller" and "name" in values:
+            raise InputError(f"'{place}.name' is of no use: what stands there is of '{method}'; leave it out")
 
 
 def lay_over(raw: dict[str, Any], sections: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ Kappa = Annotated[float, within(1e-3, 1e4, "beyond, all remembered images are al
 
 
 class KDAV(Distiller):
-    """Membership and prediction terms over a memory of teacher features (DESIGN section 2).
+    """Membership and prediction terms over a memory of teacher features (docs/methods.md).
 
     Labels are not used unless `weight_label` adds the cross-entropy of the class prototypes' scores.
 

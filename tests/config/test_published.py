@@ -51,6 +51,12 @@ def test_overrides_come_on_top_in_whatever_order(recipe):
     ]
 
 
+def test_labels_only_is_what_a_recipe_without_a_method_means(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("published: {none: {train: {epochs: 7}}}\n")
+    assert load_config(path).train.epochs == 7
+
+
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
@@ -58,7 +64,10 @@ def test_overrides_come_on_top_in_whatever_order(recipe):
         ("published: {kdd: {}}", "'published.kdd' is of no method; allowed: 'none', 'at'"),
         ("published: {kd: 0.1}", "'published.kd' is 0.1; give the sections that differ"),
         ("published: {kd: {optimizer: {lrr: 1}}}", "unknown key 'optimizer.lrr'; the nearest"),
-        ("published: {kd: {lr: 1}}", "unknown key 'lr'; perhaps optimizer.lr"),
+        ("published: {kd: {lr: 1}}", "'published.kd.lr' is no section; allowed: data, model, teacher"),
+        ("published: {kd: {run_dir: a}}", "'published.kd.run_dir' is no section"),
+        ("published: {at: {train: null}}", "'published.at.train' is None; give the keys that differ"),
+        ("published: {kd: {distiller: {name: dkd}}}", "'published.kd.distiller.name' is of no use"),
     ],
 )
 def test_a_block_that_says_nothing_known(tmp_path, block, reason):

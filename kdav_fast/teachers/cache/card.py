@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from kdav_fast.checkpoint.manifest import manifest_bytes, unsealed
 from kdav_fast.config.section import Section
@@ -28,6 +29,16 @@ class CacheCard(Section):
     facts: dict[str, Any]
     """JSON values by name: what was asked what, such as the teacher's checksum, its normalisation, the seed of the
     views. Of these, `data` is a fingerprint (`kdav_fast.data.fingerprint`)."""
+
+    @field_validator("facts")
+    @classmethod
+    def _plain(cls, facts: dict[str, Any]) -> dict[str, Any]:
+        """What is written is what is read, and no fact hides what the layout says."""
+        for name in facts.keys() & Layout.model_fields.keys():
+            raise ValueError(f"the fact {name!r} is named as a key of the layout; give it another name")
+        for name, value in facts.items():
+            _require_json(value, name)
+        return facts
 
     @cached_property
     def content(self) -> bytes:
@@ -51,6 +62,8 @@ class CacheCard(Section):
         Raises:
             InputError: which names all that differs, as it is there and here.
         """
+        for key in layout.keys() - Layout.model_fields.keys():
+            raise TypeError(f"{key!r} is no key of the layout; allowed: {', '.join(Layout.model_fields)}")
         there = {key: getattr(self.layout, key) for key in layout} | self.facts
         found = list(differences(there, json.loads(json.dumps({**layout, **facts}))))
         if found:
@@ -112,6 +125,24 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str =
             yield from differences(one, other, f"{name}.")
         else:
             yield f"{name} is {_value(one)} there and {_value(other)} here"
+
+
+def _require_json(value: object, name: str) -> None:
+    """Raise `ValueError` for what would be another value, or none, once it has been a file."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"the fact {name} has the key {shown(key)}; keys must be text")
+            _require_json(inner, f"{name}.{key}")
+    elif isinstance(value, list | tuple):
+        for number, inner in enumerate(value):
+            _require_json(inner, f"{name}.{number}")
+    elif not (value is None or isinstance(value, str | bool | int)) and not (
+        isinstance(value, float) and math.isfinite(value)
+    ):
+        raise ValueError(
+            f"the fact {name} is {shown(value)}; give text, finite numbers, lists of them or names"
+        )
 
 
 class _Absent:

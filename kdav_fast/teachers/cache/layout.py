@@ -14,7 +14,7 @@ from kdav_fast.config.section import Count, Section
 MOST_UINT16 = 2**16
 """Classes that 16 bits can tell apart."""
 
-Name = Annotated[str, Field(pattern=r"[a-z][a-z0-9_]*")]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ class Layout(Section):
         Raises:
             IndexError: there is no such image or view.
         """
-        index, view = np.asarray(index), np.asarray(view)
+        # Narrower numbers than these would overflow in what follows.
+        index, view = (np.asarray(numbers).astype(np.int64) for numbers in (index, view))
         for name, numbers, most in (("image", index, self.images), ("view", view, self.views)):
             outside = numbers[(numbers < 0) | (numbers >= most)]
             if len(outside):

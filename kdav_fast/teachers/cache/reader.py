@@ -15,6 +15,7 @@ from kdav_fast.teachers.cache.card import read_card
 from kdav_fast.teachers.cache.shard_file import (
     Blocks,
     blocks_of,
+    defect,
     defects,
     shard_header,
     shard_path,
@@ -102,6 +103,9 @@ class AnswerCache:
 
     def _blocks(self, shard: int) -> Blocks:
         if shard not in self._mapped:
+            # Once more: it may have been replaced since the cache was opened.
+            if problem := defect(self.folder, self.card, shard, sums=False):
+                self._refuse({shard: problem})
             path, size = shard_path(self.folder, shard), shard_size(self.card, shard)
             # Private: it is mapped for reading, nothing is written back. Unlike Python's mmap, it keeps no open file,
             # of which a process may have 1,024, and a cache has more shards.

@@ -83,6 +83,8 @@ def defect(folder: Path, card: CacheCard, shard: int, sums: bool) -> str | None:
     """
     path, expected = shard_path(folder, shard), shard_header(card, shard)
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            return f"{path.name} is no file"
         with path.open("rb") as file:
             header, size = file.read(len(expected)), path.stat().st_size
             digest = _digest_in(header, expected)

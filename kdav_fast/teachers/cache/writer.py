@@ -86,6 +86,8 @@ class ShardDraft:
     """
 
     def __init__(self, folder: Path, card: CacheCard, shard: int) -> None:
+        if not 0 <= shard < card.layout.shards:
+            raise ValueError(f"there is no shard {shard}; the cache has {card.layout.shards}, from 0")
         self._folder, self._card, self._shard = folder, card, shard
         self.images = card.layout.images_of(shard)
         """Whose views it needs, all of them."""
@@ -114,12 +116,14 @@ class ShardDraft:
 
         Raises:
             InputError: an answer is not finite, or too large for its format.
-            ValueError: a view is of another shard, was put before, or its parameters are not the layout's.
+            ValueError: a view is of another shard or was put before, or what is given is of another shape or has other
+                parameters than the layout.
         """
         index, view = np.asarray(index), np.asarray(view)
         shard, rows = self._card.layout.places(index, view)
         if (shard != self._shard).any() or self._filled[rows].any() or len(np.unique(rows)) < len(rows):
             raise ValueError(f"these views are not of shard {self._shard}, or come twice")
+        self._check_shapes(len(rows), features, logits)
         stored = to_stored(self._card.layout, features, logits)
         for name, values in stored.items():
             self._check_finite(name, values, index, view)
@@ -143,6 +147,19 @@ class ShardDraft:
             write_whole_by_many(shard_path(self._folder, self._shard), self._content)
         except OSError as error:
             raise self._not_written(error) from None
+
+    def _check_shapes(self, count: int, features: Tensor | None, logits: Tensor) -> None:
+        """Others might be stored as well: repeated."""
+        layout = self._card.layout
+        for name, values, width in (
+            ("features", features if layout.features else None, layout.width),
+            ("logits", logits, layout.classes),
+        ):
+            if values is None and name == "features" and not layout.features:
+                continue
+            shape = None if values is None else tuple(values.shape)
+            if shape != (count, width):
+                raise ValueError(f"the {name} of {count} views are of shape {shape}; give {(count, width)}")
 
     def _check_finite(
         self, name: str, values: Tensor, index: NDArray[np.int64], view: NDArray[np.int64]
@@ -170,7 +187,10 @@ class ShardDraft:
             block = self._blocks[f"view.{name}"]
             if values.dtype != block.dtype:
                 raise ValueError(f"{name} is of {values.dtype}; the cache keeps {block.dtype}")
-            block[rows] = values.reshape(len(rows), -1)
+            wanted = (len(rows), block.shape[1])
+            if values.shape not in (wanted, wanted[:1] if wanted[1] == 1 else wanted):
+                raise ValueError(f"{name} is of shape {values.shape}; give {wanted}")
+            block[rows] = values.reshape(wanted)
 
     def _not_written(self, error: OSError) -> InputError:
         room = ""

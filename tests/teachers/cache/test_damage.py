@@ -77,7 +77,7 @@ DAMAGE = {
         ),
         f"{SECOND} is of another cache",
     ),
-    "a folder": (lambda file: (file.unlink(), file.mkdir()), f"{SECOND}: Is a directory"),
+    "a folder": (lambda file: (file.unlink(), file.mkdir()), f"{SECOND} is no file"),
 }
 
 
