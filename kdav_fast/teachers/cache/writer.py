@@ -151,12 +151,10 @@ class ShardDraft:
     def _check_shapes(self, count: int, features: Tensor | None, logits: Tensor) -> None:
         """Others might be stored as well: repeated."""
         layout = self._card.layout
-        for name, values, width in (
-            ("features", features if layout.features else None, layout.width),
-            ("logits", logits, layout.classes),
-        ):
-            if values is None and name == "features" and not layout.features:
-                continue
+        given = {"logits": (logits, layout.classes)}
+        if layout.features:
+            given["features"] = features, layout.width
+        for name, (values, width) in given.items():
             shape = None if values is None else tuple(values.shape)
             if shape != (count, width):
                 raise ValueError(f"the {name} of {count} views are of shape {shape}; give {(count, width)}")
